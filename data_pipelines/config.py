@@ -1,0 +1,72 @@
+"""Settings of the data way as frozen dataclasses. YAML becomes these at one border (`qwen2vl_train.config`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Template = Literal["plain", "chatml"]
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """Pixel and frame budgets. Pixels count one resized frame; a token is 28 x 28 pixels.
+
+    `max_media_tokens` is the hard limit for all media of a sample (the paper: 16,384 per video); a sample's media get at
+    most min(max_media_tokens, max_tokens - its other tokens), shared among them.
+    `max_source_pixels` and `max_source_bytes` are checked from headers before anything is decoded.
+    """
+
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 16384 * 28 * 28
+    video_min_pixels: int = 128 * 28 * 28
+    video_max_pixels: int = 768 * 28 * 28
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    max_media_tokens: int = 16384
+    max_source_pixels: int = 200_000_000
+    max_source_bytes: int = 1 << 30
+    video_backend: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
+    decode_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of the mixture: `shards` are paths or globs of webdataset tars, `weight` its share of samples drawn."""
+
+    shards: tuple[str, ...]
+    weight: float = 1.0
+    max_error_rate: float = 0.05
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Packing: at most `max_tokens` LLM tokens and `max_patches` ViT patches a pack, chosen from a pool of open samples."""
+
+    max_tokens: int = 16384
+    max_patches: int = 65536
+    pool_size: int = 256
+    block_size: int = 1024
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Worker processes per rank (0: decode in the training process) and packs prefetched by each."""
+
+    num_workers: int = 2
+    prefetch_factor: int = 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A stage's data: the mixture (name → source), the text template, budgets, packing and workers.
+
+    template "plain" writes prompt + answer + <|endoftext|> (Qwen-VL's pretraining form); "chatml" the chat template.
+    """
+
+    sources: dict[str, SourceConfig]
+    template: Template = "plain"
+    media: MediaConfig = field(default_factory=MediaConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
