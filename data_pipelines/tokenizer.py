@@ -3,8 +3,8 @@
 Enters: a Hugging Face tokenizer folder (Qwen2-VL's, or the demo's small one) and plain text. Leaves: token ids.
 Two rules hold, both checked when the folder is loaded:
 
-- A special token's *string* in a text is ordinary text: a user who writes "<|im_end|>" gets seven harmless tokens, never
-  the token that ends a turn. Special ids enter a document only where `encode.chat` puts them, by number.
+- A special token's *string* in a text is ordinary text: a user who writes "<|im_end|>" gets a few harmless tokens,
+  never the token that ends a turn. Special ids enter a document only where `encode.chat` puts them, by number.
 - Ids come from the folder, never from constants: the demo's tokenizer has other numbers than the published one.
 
 Cost: loading the published vocabulary takes 0.6 s (0.8 s more the first time `hf` is used); encoding about 4 µs plus
@@ -18,9 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class TextTokenizer:
     @cached_property
     def hf(self) -> PreTrainedTokenizerFast:
         """The same folder as transformers loads it: for export and for the published chat template."""
+        from transformers import AutoTokenizer  # 2 s that a decode worker never needs
+
         return AutoTokenizer.from_pretrained(self.path)
 
     def _find_special(self, source: Path) -> SpecialTokens:
