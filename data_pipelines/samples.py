@@ -11,7 +11,7 @@ A patch is 14 x 14 pixels; 2 x 2 patches make one LLM token; so P = 4 * (media t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,13 +53,17 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """The place of a media member in a message, with optional per-part budgets (pixels, frames per second, frames)."""
+    """The place of a media member in a message, with optional per-part budgets (pixels, frames per second, frames).
+
+    `kind` is what the message calls it ("video" for a GIF that is to be read as a clip); None: by the extension.
+    """
 
     name: str
     min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float | None = None
     nframes: int | None = None
+    kind: MediaKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +217,7 @@ class PackedBatch:
 
     def to(self, device: torch.device, non_blocking: bool = True) -> PackedBatch:
         """The same pack with every tensor on `device`; pinned host tensors copy asynchronously."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -222,5 +226,7 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """The same pack in page-locked memory (called by DataLoader)."""
-        pinned = {f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        pinned: dict[str, Any] = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **pinned)
