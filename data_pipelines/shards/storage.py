@@ -1,0 +1,165 @@
+"""Where shards lie: a file that is read by (offset, size), and the list of files that a pattern names.
+
+Enters: paths, globs and brace ranges. Leaves: bytes of exactly the size asked for. Costs one `pread` a read; file
+positions are never shared, so a `ShardFile` serves any number of threads and forked workers.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from data_pipelines.errors import ShardError
+
+_TAG_BLOCK = 4096
+_TAG_PLACES = 4
+
+
+class ShardFile(Protocol):
+    """A shard that can be read at any place. `size` in bytes; `tag` changes when the content does, not its time."""
+
+    name: str
+    size: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`, or ShardError."""
+        ...
+
+    def tag(self) -> str:
+        """A short string that identifies the content."""
+        ...
+
+    def close(self) -> None:
+        """Give back the descriptor or connection."""
+        ...
+
+
+class LocalFile:
+    """A shard on a mounted file system."""
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(path, "unreadable_shard", f"cannot be opened: {error.strerror}") from error
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`.
+
+        Raises:
+            ShardError: the file ends before, or the device reports an error.
+        """
+        data = b""
+        try:
+            data = os.pread(self._descriptor, size, offset)
+            while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise ShardError(self.name, "read_failed", f"{size} bytes at {offset}: {error.strerror}") from error
+        if len(data) != size:
+            raise ShardError(self.name, "cut_shard", f"{size} bytes wanted at {offset}, {len(data)} there")
+        return data
+
+    def tag(self) -> str:
+        """A hash of the size and of four 4 KiB blocks from start to end: copies keep it, other content changes it."""
+        return content_tag(self)
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def content_tag(file: ShardFile) -> str:
+    """blake2b over the size and four evenly spaced 4 KiB blocks of `file`, as 16 hex digits."""
+    digest = hashlib.blake2b(str(file.size).encode(), digest_size=8)
+    last = max(0, file.size - _TAG_BLOCK)
+    for place in range(_TAG_PLACES):
+        offset = last * place // (_TAG_PLACES - 1)
+        digest.update(file.read(offset, min(_TAG_BLOCK, file.size - offset)))
+    return digest.hexdigest()
+
+
+def open_shard(path: str) -> ShardFile:
+    """Open a shard for reading.
+
+    Raises:
+        ShardError: it does not exist or cannot be read; the message holds its path.
+    """
+    return LocalFile(path)
+
+
+class OpenShards:
+    """At most `limit` shards kept open, the least recently used closed first. Not shared between threads."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self._limit = limit
+        self._open: OrderedDict[str, ShardFile] = OrderedDict()
+
+    def get(self, path: str) -> ShardFile:
+        """The open file of `path`."""
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = open_shard(path)
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)[1].close()
+        else:
+            self._open.move_to_end(path)
+        return file
+
+    def close(self) -> None:
+        """Close all."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def expand_shards(source: str, patterns: Sequence[str]) -> list[str]:
+    """The shards that `patterns` name, sorted, each once. A pattern is a path, a glob, or holds ranges `{0000..0099}`.
+
+    Raises:
+        ShardError: a pattern names no file: a mixture that silently lacks a source would train on something else.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        for path in expand_braces(os.path.expanduser(pattern)):
+            matches = (
+                [path] if os.path.isfile(path) else [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+            )
+            if not matches:
+                raise ShardError(
+                    source, "no_shards", f"source {source!r}: no shard matches {path!r}{_nearest_folder(path)}"
+                )
+            found.update(matches)
+    if not found:
+        raise ShardError(source, "no_shards", f"source {source!r} names no shards: give paths or globs of tar files")
+    return sorted(found)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{08..10}.tar` → a-08.tar, a-09.tar, a-10.tar; `{x,y}.tar` → x.tar, y.tar; as webdataset writes them."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :])
+    if match[3] is not None:
+        middle = match[3].split(",")
+    else:
+        middle = [f"{number:0{len(match[1])}d}" for number in range(int(match[1]), int(match[2]) + 1)]
+    return [head + part + rest for part in middle for rest in tail]
+
+
+def _nearest_folder(path: str) -> str:
+    """Which part of the path exists, for the error message."""
+    folder = Path(path).parent
+    if folder.is_dir():
+        return f" (the folder exists and holds {sum(1 for _ in folder.iterdir())} entries)"
+    return f" (the folder {str(folder)!r} does not exist)"
