@@ -42,25 +42,19 @@ def resize_image(rgb: NDArray[np.uint8], height: int, width: int) -> Tensor:
 def image_to_patches(image: Tensor) -> Tensor:
     """uint8 [3, h, w] (h, w multiples of 28) → uint8 [h/14 * w/14, 588] in the ViT's order. One copy."""
     _, height, width = image.shape
-    blocks = image.reshape(3, height // _BLOCK, MERGE_SIZE, PATCH_SIZE, width // _BLOCK, MERGE_SIZE, PATCH_SIZE)
-    # (C, h/2, mh, ph, w/2, mw, pw) → (h/2, w/2, mh, mw, C, ph, pw)
-    return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(-1, IMAGE_PATCH_BYTES)
+    blocks = image.numpy().reshape(3, height // _BLOCK, 2, PATCH_SIZE, width // _BLOCK, 2, PATCH_SIZE)
+    # (C, h/2, mh, ph, w/2, mw, pw) → (h/2, w/2, mh, mw, C, ph, pw). numpy's copy of bytes is 1.6 times torch's here.
+    rows = np.ascontiguousarray(blocks.transpose(1, 4, 2, 5, 0, 3, 6))
+    return torch.from_numpy(rows.reshape(-1, IMAGE_PATCH_BYTES))
 
 
 def clip_to_patches(frames: Tensor) -> Tensor:
-    """uint8 [N, 3, h, w] (N even; h, w multiples of 28) → uint8 [N/2 * h/14 * w/14, 1176] in the ViT's order. One copy."""
+    """uint8 [N, 3, h, w] (N even; h, w multiples of 28) → uint8 [N/2 * h/14 * w/14, 1176], ViT's order. One copy."""
     num_frames, _, height, width = frames.shape
     steps = num_frames // TEMPORAL_PATCH_SIZE
-    blocks = frames.reshape(
-        steps,
-        TEMPORAL_PATCH_SIZE,
-        3,
-        height // _BLOCK,
-        MERGE_SIZE,
-        PATCH_SIZE,
-        width // _BLOCK,
-        MERGE_SIZE,
-        PATCH_SIZE,
+    blocks = frames.numpy().reshape(
+        steps, TEMPORAL_PATCH_SIZE, 3, height // _BLOCK, 2, PATCH_SIZE, width // _BLOCK, 2, PATCH_SIZE
     )
     # (t, T2, C, h/2, mh, ph, w/2, mw, pw) → (t, h/2, w/2, mh, mw, C, T2, ph, pw)
-    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, CLIP_PATCH_BYTES)
+    rows = np.ascontiguousarray(blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8))
+    return torch.from_numpy(rows.reshape(-1, CLIP_PATCH_BYTES))
