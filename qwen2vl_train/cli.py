@@ -1,0 +1,95 @@
+"""`qwen2vl`: train, evaluate, print a configuration, make a report.
+
+Under torchrun or deepspeed: `torchrun --nproc-per-node 2 -m qwen2vl_train train experiment=demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen2vl_train.config import ConfigError, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code. Bad input ends with one clear message and code 2."""
+    words = [word for word in (arguments if arguments is not None else sys.argv[1:]) if not _is_local_rank(word)]
+    options = _parser().parse_args(words)
+    try:
+        code: int = options.run(options)
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        if os.environ.get("QWEN2VL_DEBUG"):
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 2
+    return code
+
+
+def _is_local_rank(word: str) -> bool:
+    return word.startswith("--local_rank")  # the deepspeed launcher adds it unless told --no_local_rank
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("qwen2vl", description="Train Qwen2-VL from its parts: three stages, one trainer.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run an experiment's stages, or some of them",
+        description="Run the chain of stages of an experiment; the same command continues an interrupted run.",
+        epilog="Examples: qwen2vl train experiment=demo | qwen2vl train experiment=demo stage=vision resume=none | "
+        "torchrun --nproc-per-node 8 -m qwen2vl_train train experiment=qwen2vl_2b data.root=/data/shards",
+    )
+    _add_overrides(train)
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser("config", help="print the composed and validated configuration as YAML")
+    _add_overrides(config)
+    config.set_defaults(run=_config)
+
+    report = commands.add_parser("report", help="write report.html for a finished or running run")
+    report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder, e.g. runs/demo")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides; stage=NAME runs one stage")
+    parser.add_argument("--config-dir", type=Path, help="another folder of YAML files than the packaged one")
+
+
+def _train(options: argparse.Namespace) -> int:
+    run, settings = load_config(options.overrides, options.config_dir)
+    from qwen2vl_train.report import print_summary
+    from qwen2vl_train.stages import run_chain
+    from qwen2vl_train.training.world import end_world, start_world
+
+    world = start_world(run.engine.timeout_s)
+    try:
+        summary = run_chain(run, settings, world)
+        if world.is_main:
+            print_summary(summary)
+        world.barrier()
+    finally:
+        end_world()
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    _, settings = load_config(options.overrides, options.config_dir)
+    print(OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(settings)))), end="")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from qwen2vl_train.report import write_report
+
+    print(write_report(options.folder))
+    return 0

@@ -1,0 +1,289 @@
+"""YAML → Hydra → frozen dataclasses: the one border that configuration crosses.
+
+Enters: a list of Hydra overrides (`experiment=demo stages.vision.steps=100`). Leaves: a validated `RunConfig`, or a
+`ConfigError` that names the key, its value and the remedy. Beyond this file nothing reads a dict or a default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from data_pipelines.config import DataConfig
+from qwen2vl_train.model.config import ModelConfig
+
+Part = Literal["vit", "merger", "llm"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the key, its value and what to do."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate of each part. A part that does not train in the stage needs none."""
+
+    vit: float = 0.0
+    merger: float = 0.0
+    llm: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. `vit_layer_decay` multiplies a ViT block's rate once per block above it (Qwen-VL used 0.95; 1 is off)."""
+
+    lr: LearningRates
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    vit_layer_decay: float = 1.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.vit_layer_decay <= 1:
+            raise ValueError(f"vit_layer_decay={self.vit_layer_decay} is outside (0, 1]; 1 switches the decay off")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up over `warmup_steps`, then `kind` down to `min_ratio` times the peak at the stage's last step."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_ratio: float = 0.1
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: what trains, on what, for how long.
+
+    `packs_per_step` is the global batch: packs per optimizer step over all ranks and micro-steps; it must be a multiple
+    of the world size. `init_from`: "previous" (the export of the stage before), "scratch" (seeded random weights), or
+    the path of a Hugging Face folder. `evaluate` scores the held-out sets at the stage's end.
+    """
+
+    trainable: tuple[Part, ...]
+    steps: int
+    packs_per_step: int
+    optim: OptimConfig
+    data: DataConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    init_from: str = "previous"
+    evaluate: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.trainable:
+            raise ValueError("trainable is empty: name at least one of vit, merger, llm")
+        if self.steps < 1 or self.packs_per_step < 1:
+            raise ValueError(f"steps={self.steps} and packs_per_step={self.packs_per_step} must be at least 1")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves nothing of steps={self.steps}; lower it"
+            )
+        for part in self.trainable:
+            if getattr(self.optim.lr, part) <= 0:
+                raise ValueError(f"{part} is trainable but optim.lr.{part} is not positive; set it")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed's part. Sizes count elements. `zero_stage` 0 to 3; offload keeps optimizer state (or parameters) in host memory."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    precision: Literal["fp32", "bf16"] = "bf16"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    param_persistence_threshold: int = 100_000
+    prefetch_bucket_size: int = 50_000_000
+    reduce_bucket_size: int = 50_000_000
+    max_live_parameters: int = 1_000_000_000
+    overlap_comm: bool = True
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters=true needs zero_stage=3, not {self.zero_stage}")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model's shape (`config`) and how it runs: attention backend, activation checkpointing (every n-th block, 0 none).
+
+    `config.text.vocab_size` 0 takes the tokenizer's size. `init_std` is the normal distribution's of fresh weights.
+    """
+
+    config: ModelConfig
+    attention: Literal["auto", "varlen", "reference"] = "auto"
+    vision_checkpointing: int = 0
+    text_checkpointing: int = 0
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Settings of the generated demo set; built into `data.root` when it is not there yet."""
+
+    num_pictures: int = 20000
+    num_clips: int = 4000
+    num_heldout: int = 200
+    vocab_size: int = 2048
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the stages share: where shards and tokenizer lie, budgets, mixtures by stage, held-out sets by task.
+
+    `demo` not null: the shards (and the tokenizer) are generated on first use. `heldout` maps a task to its shards.
+    """
+
+    root: str
+    tokenizer: str
+    heldout: dict[str, str] = field(default_factory=dict)
+    demo: DemoData | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every `every` steps (0: only at a stage's end); the last `keep` stay."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """`wandb`: "auto" is online when an API key is set, else offline; never a prompt. `log_every` in steps."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "qwen2vl-train"
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out scoring at a stage's end by greedy generation. `max_samples` per task; `pictures` shown per task."""
+
+    max_samples: int = 200
+    max_new_tokens: int = 64
+    batch_size: int = 64
+    pictures: int = 6
+
+
+@with_config(ConfigDict(extra="forbid"))  # the nested dataclasses inherit it
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: the chain of stages and everything they share. `chain` names the stages to run, in order."""
+
+    run_dir: str
+    seed: int
+    chain: tuple[str, ...]
+    stages: dict[str, StageConfig]
+    model: ModelSettings
+    data: DataSettings
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    monitor: MonitorConfig
+    evaluation: EvaluationConfig
+    resume: str = "auto"
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.chain if name not in self.stages]
+        if unknown or not self.chain:
+            raise ValueError(f"chain={list(self.chain)}: choose from the configured stages {list(self.stages)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: packaged with a wheel, or beside the packages in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(path for path in (here / "configs", here.parent / "configs") if (path / "train.yaml").is_file())
+
+
+def load_config(overrides: Sequence[str], folder: Path | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """Compose `train.yaml` with the overrides and validate it.
+
+    `stage=NAME[,NAME]` is short for `chain=[NAME,…]`: it runs only these stages of the experiment.
+    Returns the validated configuration and the resolved plain dict (to be stored with the run).
+
+    Raises:
+        ConfigError: unknown key or group, wrong type, contradiction; the message says which and what to do.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = [_expand_stage(word) for word in overrides]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str((folder or config_dir()).resolve()), version_base="1.3"):
+            composed = compose("train", overrides=words)
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain_hydra(error, words)) from error
+    assert isinstance(plain, dict)
+    plain.pop("shared", None)  # values that only other YAML values refer to
+    plain.pop("mixture", None)
+    try:
+        return TypeAdapter(RunConfig).validate_python(plain), {str(key): value for key, value in plain.items()}
+    except ValidationError as error:
+        raise ConfigError(_explain_validation(error)) from error
+
+
+def _expand_stage(word: str) -> str:
+    return f"chain=[{word.removeprefix('stage=')}]" if word.startswith("stage=") else word
+
+
+def _explain_hydra(error: Exception, words: Sequence[str]) -> str:
+    """Hydra's first line, which names the key, and its cause where it hides behind a second exception."""
+    causes = [str(error)]
+    if error.__cause__ is not None:
+        causes.append(str(error.__cause__))
+    text = "\n".join(line for cause in causes for line in cause.splitlines() if line.strip())
+    return f"{text}\nOverrides given: {' '.join(words) or '(none)'}. `qwen2vl config` prints every key with its value."
+
+
+def _explain_validation(error: ValidationError) -> str:
+    """One line per fault: key, value, what is wrong, and for an unknown key the nearest known one."""
+    lines = []
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"]]
+        shown = "" if fault["type"] == "missing" else f" = {_shorten(fault['input'])}"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = sorted(_known_keys(path[:-1]))
+            near = difflib.get_close_matches(path[-1], known, n=1)
+            message = f"unknown key; {f'did you mean {near[0]!r}?' if near else f'known here: {", ".join(known)}'}"
+        lines.append(f"{'.'.join(path) or 'configuration'}{shown}: {message}")
+    return "\n".join(lines)
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """Field names of the dataclass that `path` leads to; empty where it leads into free-form keys."""
+    node: Any = TypeAdapter(RunConfig).json_schema()
+    definitions = node.get("$defs", {})
+    for part in path:
+        node = _deref(node, definitions)
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+    return list(_deref(node, definitions).get("properties", {}))
+
+
+def _deref(node: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    for option in node.get("anyOf", [node]):
+        if "$ref" in option:
+            return definitions[option["$ref"].rsplit("/", 1)[-1]]  # type: ignore[no-any-return]
+    return node  # type: ignore[no-any-return]

@@ -1,0 +1,177 @@
+"""Held-out scoring of an exported model by greedy generation.
+
+Enters: a Hugging Face folder and held-out shards by task, one question per record. Leaves: a `Report` with a figure per
+task, the majority baseline and some pictures with true and predicted answers. The records are shared out over the ranks;
+each rank holds the whole model (in its export precision), as for inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipelines.config import DataConfig
+from data_pipelines.decode.image import decode_image
+from data_pipelines.decode.video import read_clip
+from data_pipelines.encode.boxes import parse_boxes
+from data_pipelines.encode.sample import SampleEncoder
+from data_pipelines.errors import DataError
+from data_pipelines.index.build import open_source
+from data_pipelines.samples import Encoded, Media, MediaPlan, Record, Region
+from data_pipelines.tokenizer import TextTokenizer
+from qwen2vl_train.config import EvaluationConfig
+from qwen2vl_train.evaluation.metrics import constant_baseline, metric_of
+from qwen2vl_train.generate import generate
+from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.model.qwen2vl import Qwen2VL
+from qwen2vl_train.model.weights import load_hf
+from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.monitor import Box, Shown
+from qwen2vl_train.training.world import World
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One scored sample. `shown` carries its picture for the first few of each task."""
+
+    task: str
+    truth: str
+    prediction: str
+    hit: bool
+    shown: Shown | None
+
+
+@dataclass
+class Report:
+    """Figures by metric name (0 to 1), the constant-answer baseline under the same names, and pictures to look at."""
+
+    metrics: dict[str, float]
+    baseline: dict[str, float]
+    shown: list[Shown]
+
+    def save_pictures(self, folder: Path) -> None:
+        """Write each shown picture as PNG with `samples.json` beside them (prompt, truth, prediction, boxes)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for number, sample in enumerate(self.shown):
+            name = f"{number:03d}.png"
+            Image.fromarray(sample.picture).save(folder / name)
+            boxes = [{"xyxy": box.xyxy, "caption": box.caption, "predicted": box.predicted} for box in sample.boxes]
+            rows.append(
+                {"file": name, "boxes": boxes}
+                | {key: getattr(sample, key) for key in ("task", "key", "prompt", "truth", "prediction", "correct")}
+            )
+        write_json(folder / "samples.json", rows)
+
+
+def evaluate(
+    model_folder: Path,
+    heldout: Mapping[str, str],
+    data: DataConfig,
+    config: EvaluationConfig,
+    world: World,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Score the model in `model_folder` on each task's shards with the stage's template and budgets. Collective."""
+    tokenizer = TextTokenizer(model_folder)
+    model = Qwen2VL(ModelConfig.from_hf(model_folder))
+    load_hf(model, model_folder)
+    model.to(world.device).eval()
+    encoder = SampleEncoder(tokenizer, data.template, data.media, data.plan.max_tokens)
+    report = Report({}, {}, [])
+    for number, (task, shards) in enumerate(heldout.items()):
+        mine = _score_task(model, encoder, task, shards, config, world)
+        answers = [answer for part in world.gather(mine) for answer in part]
+        if answers:
+            name = metric_of(task).name
+            report.metrics[name] = sum(answer.hit for answer in answers) / len(answers)
+            report.baseline[name] = constant_baseline(task, [answer.truth for answer in answers])
+            report.shown += [answer.shown for answer in answers if answer.shown][: config.pictures]
+        if progress is not None:
+            progress(number + 1)
+    return report
+
+
+def _score_task(
+    model: Qwen2VL, encoder: SampleEncoder, task: str, shards: str, config: EvaluationConfig, world: World
+) -> list[Answer]:
+    """This rank's share of one task: every world-th record, generated in batches."""
+    source = open_source((shards,), encoder.tokenizer, encoder.template)
+    stop = (encoder.tokenizer.special.im_end, encoder.tokenizer.special.endoftext)
+    answers: list[Answer] = []
+    batch: list[_Question] = []
+    last = min(config.max_samples, source.num_samples)
+    for number in range(world.rank, last, world.size):
+        try:
+            batch.append(_question(encoder, *source.record(number)))
+        except DataError:
+            continue  # a broken held-out sample has no score; the index already reported it
+        if len(batch) == config.batch_size or number + world.size >= last:
+            outputs = generate(model, [item.prompt for item in batch], config.max_new_tokens, stop)
+            for item, ids in zip(batch, outputs, strict=True):
+                prediction = encoder.tokenizer.decode([token for token in ids if token not in stop])
+                hit = metric_of(task).hit(item.truth, prediction)
+                wanted = len(answers) < -(-config.pictures // world.size)
+                answers.append(Answer(task, item.truth, prediction, hit, _show(task, item, prediction, hit, encoder) if wanted else None))
+            batch = []
+    return answers
+
+
+@dataclass(frozen=True)
+class _Question:
+    record: Record
+    media: Mapping[str, Media]
+    read: Callable[[str], bytes]
+    prompt: Encoded
+    prompt_text: str
+    truth: str
+
+
+def _question(
+    encoder: SampleEncoder, record: Record, media: Mapping[str, Media], read: Callable[[str], bytes]
+) -> _Question:
+    prompt = encoder.encode_prompt(record, media, read)
+    answer = encoder.answer_text(record, media)
+    text = encoder.prompt_text(record, media)
+    return _Question(record, media, read, prompt, text, answer)
+
+
+def _show(task: str, item: _Question, prediction: str, hit: bool, encoder: SampleEncoder) -> Shown:
+    """The sample's picture (clips: their frames side by side) with true and predicted boxes as fractions."""
+    pictures = [_picture(name, media, item, encoder) for name, media in item.media.items()]
+    boxes = [
+        Box((x1 / 1000, y1 / 1000, x2 / 1000, y2 / 1000), "predicted" if predicted else "truth", predicted)
+        for text, predicted in ((item.truth, False), (prediction, True))
+        for x1, y1, x2, y2 in parse_boxes(text)
+    ]
+    picture = _side_by_side(pictures) if pictures else np.full((28, 28, 3), 255, np.uint8)
+    single = len(pictures) == 1
+    return Shown(
+        task, item.record.key, picture, item.prompt_text, item.truth, prediction, hit, tuple(boxes) if single else ()
+    )
+
+
+def _picture(name: str, media: Media, item: _Question, encoder: SampleEncoder) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    data = item.read(name)
+    if media.kind == "image":
+        return decode_image(data, item.record.key, encoder.media_config.max_source_pixels)
+    plan = next(plan for plan in item.prompt.media if plan.kind == "video")
+    frames = read_clip(data, media, plan, item.record.key, encoder.media_config.video_backend)
+    return _side_by_side([frame.permute(1, 2, 0).numpy() for frame in frames[:: max(1, len(frames) // 4)]])
+
+
+def _side_by_side(pictures: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pictures in a row, 4 white pixels between them, padded to the tallest."""
+    height = max(picture.shape[0] for picture in pictures)
+    columns = []
+    for picture in pictures:
+        padded = np.full((height, picture.shape[1] + 4, 3), 255, np.uint8)
+        padded[: picture.shape[0], : picture.shape[1]] = picture
+        columns.append(padded)
+    return np.concatenate(columns, axis=1)[:, :-4]

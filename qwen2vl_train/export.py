@@ -1,0 +1,104 @@
+"""A trained model as an ordinary Qwen2-VL folder: weights, config, tokenizer, preprocessor, chat template.
+
+Enters: full tensors one at a time (collective under ZeRO-3), the configs, the tokenizer. Leaves: a directory that
+transformers loads with no missing and no unexpected key; it appears atomically.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.config import MediaConfig
+from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from data_pipelines.tokenizer import TextTokenizer
+from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.model.vision import IMAGE_MEAN, IMAGE_STD
+from qwen2vl_train.model.weights import save_hf
+from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.world import World
+
+
+def export_model(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    media: MediaConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    world: World,
+) -> None:
+    """Write the model to `folder`, replacing an older export. Collective: every rank walks `tensors`, rank 0 writes.
+
+    `dtype` is the weights' on disk (published: bfloat16); `media` gives the pixel limits of preprocessor_config.json.
+    """
+    if not world.is_main:
+        for _ in tensors:  # each step gathers one tensor over all ranks
+            continue
+    else:
+        aside = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_hf(tensors, aside, config, dtype)
+        save_processing(aside, tokenizer, media)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    world.barrier()  # the folder is there for every rank
+
+
+def save_processing(folder: Path, tokenizer: TextTokenizer, media: MediaConfig) -> None:
+    """Tokenizer, chat template, generation settings and the image and video preprocessors' settings, as published."""
+    tokenizer.hf.save_pretrained(folder)
+    special = tokenizer.special
+    write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": special.endoftext,
+            "eos_token_id": [special.im_end, special.endoftext],
+            "pad_token_id": special.endoftext,
+            "do_sample": False,
+        },
+    )
+    common: dict[str, Any] = {
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": 3,  # bicubic
+    }
+    write_json(
+        folder / "preprocessor_config.json",
+        common
+        | {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            "min_pixels": media.min_pixels,
+            "max_pixels": media.max_pixels,
+            "size": {"shortest_edge": media.min_pixels, "longest_edge": media.max_pixels},
+        },
+    )
+    write_json(
+        folder / "video_preprocessor_config.json",
+        common
+        | {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            "min_pixels": media.video_min_pixels,
+            "max_pixels": media.video_max_pixels,
+            "size": {"shortest_edge": media.video_min_pixels, "longest_edge": media.video_max_pixels},
+            "fps": media.fps,
+            "min_frames": media.min_frames,
+            "max_frames": media.max_frames,
+        },
+    )

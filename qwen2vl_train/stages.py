@@ -1,0 +1,228 @@
+"""The chain of stages: each starts from the export of the one before, is scored, and leaves its figures.
+
+Enters: a validated configuration. Leaves: `<run_dir>/<stage>/export` for each stage, `summary.json`, `report.html`.
+The same command continues an interrupted chain: finished stages are skipped, the interrupted one resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.sources.demo import build_demo
+from data_pipelines.tokenizer import TextTokenizer
+from qwen2vl_train.config import ConfigError, RunConfig
+from qwen2vl_train.evaluation.runner import Report, evaluate
+from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.report import write_report
+from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.monitor import Monitor
+from qwen2vl_train.training.trainer import Progress, Trainer
+from qwen2vl_train.training.world import World
+
+
+def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World) -> Path:
+    """Run the chain and return the path of `summary.json`. Collective.
+
+    `settings` is the resolved configuration, stored as `config.json` beside the results.
+    """
+    folder = Path(run.run_dir)
+    started = time.time()
+    world.from_main(lambda: _open_run(folder, settings, world))
+    monitor = Monitor(folder, run.monitor, settings, active=world.is_main)
+    try:
+        prepare_data(run, world, monitor)
+        tokenizer = TextTokenizer(run.data.tokenizer)
+        config = model_config(run, tokenizer)
+        for name in run.chain:
+            _run_stage(run, name, config, world, monitor)
+        world.from_main(lambda: _summarise(run, folder, time.time() - started))
+        write_report_on_main(folder, world)
+    finally:
+        monitor.close()
+    return folder / "summary.json"
+
+
+def prepare_data(run: RunConfig, world: World, monitor: Monitor) -> None:
+    """Generate the demo shards and their tokenizer where the configuration asks for them. Collective."""
+    demo = run.data.demo
+    if demo is None:
+        return
+    monitor.console.print(f"demo data in {run.data.root}", highlight=False)
+    total = demo.num_pictures + demo.num_clips
+
+    def build() -> None:
+        monitor.start_progress("demo data", total)
+        try:
+            build_demo(
+                Path(run.data.root),
+                num_pictures=demo.num_pictures,
+                num_clips=demo.num_clips,
+                num_heldout=demo.num_heldout,
+                vocab_size=demo.vocab_size,
+                seed=run.seed,
+                processes=world.size,
+                progress=monitor.advance,
+            )
+        finally:
+            monitor.stop_progress()
+
+    world.from_main(build)
+
+
+def model_config(run: RunConfig, tokenizer: TextTokenizer) -> ModelConfig:
+    """The model's configuration with the vocabulary and token ids of the tokenizer.
+
+    Raises:
+        ConfigError: the configured vocabulary is smaller than the tokenizer's.
+    """
+    config = run.model.config
+    size = config.text.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.config.text.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size} entries "
+            f"({run.data.tokenizer}); set it to 0 to follow the tokenizer"
+        )
+    special = tokenizer.special
+    return replace(
+        config,
+        text=replace(config.text, vocab_size=size),
+        image_token_id=special.image_pad,
+        video_token_id=special.video_pad,
+        vision_start_token_id=special.vision_start,
+        vision_end_token_id=special.vision_end,
+        bos_token_id=special.endoftext,
+        eos_token_id=special.im_end,
+    )
+
+
+def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, monitor: Monitor) -> None:
+    folder = Path(run.run_dir) / name
+    result = folder / "result.json"
+    if world.from_main(result.exists) and run.resume == "auto":
+        monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False)
+        return
+    stage = run.stages[name]
+    init = world.from_main(lambda: initial_weights(run, name))
+    monitor.console.print(
+        f"[bold]{name}[/bold]: trains {', '.join(stage.trainable)} for {stage.steps} steps of {stage.packs_per_step} "
+        f"packs on {world.size} rank(s), from {init or 'seeded random weights'}",
+        highlight=False,
+    )
+    progress = Trainer(run, name, init, config, world, monitor).fit()
+    report = Report({}, {}, [])
+    if stage.evaluate and run.data.heldout:
+        monitor.start_progress(f"{name} eval", len(run.data.heldout))
+        report = evaluate(
+            folder / "export", run.data.heldout, stage.data, run.evaluation, world, monitor.advance
+        )
+        monitor.stop_progress()
+        monitor.log(name, progress.step, {f"held_out/{key}": value for key, value in report.metrics.items()})
+        monitor.show(name, report.shown)
+    world.from_main(lambda: _write_result(run, name, progress, report))
+
+
+def initial_weights(run: RunConfig, name: str) -> Path | None:
+    """The folder whose weights stage `name` starts from; None for random ones.
+
+    Raises:
+        ConfigError: the previous stage has no export yet, or the named folder holds no config.json.
+    """
+    wanted = run.stages[name].init_from
+    order = list(run.stages)
+    if wanted == "scratch" or (wanted == "previous" and order.index(name) == 0):
+        return None
+    path = Path(run.run_dir) / order[order.index(name) - 1] / "export" if wanted == "previous" else Path(wanted)
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"stages.{name}.init_from={wanted}: {path} holds no model; run that stage first, or set init_from to "
+            "'scratch' or to a Hugging Face folder"
+        )
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _open_run(folder: Path, settings: Mapping[str, Any], world: World) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", dict(settings))
+    packages = ("torch", "deepspeed", "transformers", "webdataset", "hydra-core", "wandb")
+    write_json(
+        folder / "environment.json",
+        {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "world_size": world.size,
+            "device": str(world.device),
+            "revision": _git_revision(),
+            "packages": {name: version(name) for name in packages},
+        },
+    )
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed from a wheel, or no git on this machine
+    return answer.stdout.strip()
+
+
+def _write_result(run: RunConfig, name: str, progress: Progress, report: Report) -> None:
+    folder = Path(run.run_dir) / name
+    write_json(folder / "held_out.json", {"metrics": report.metrics, "baseline": report.baseline})
+    report.save_pictures(folder / "pictures")
+    write_json(
+        folder / "result.json",
+        {
+            "trained": list(run.stages[name].trainable),
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised,
+            "loss_first": progress.loss_first,
+            "loss_last": progress.loss_last,
+            "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+            "fill": progress.fill,
+            "seconds": progress.seconds,
+            "data_wait_share": progress.wait_s / max(progress.seconds, 1e-9),
+            "skipped": progress.skipped,
+            "held_out": report.metrics,
+            "majority": report.baseline,
+            "export": str((folder / "export").resolve()),
+        },
+    )
+
+
+def _summarise(run: RunConfig, folder: Path, seconds: float) -> None:
+    """Gather each stage's result; minutes add up over interrupted runs."""
+    path = folder / "summary.json"
+    finished = {name: folder / name / "result.json" for name in run.stages}
+    stages = {name: json.loads(file.read_text()) for name, file in finished.items() if file.is_file()}
+    before = json.loads(path.read_text())["minutes"] if path.is_file() else 0.0
+    last = [name for name in run.chain if name in stages][-1]
+    write_json(
+        path,
+        {
+            "minutes": max(before, seconds / 60),
+            "export": stages[last]["export"],
+            "report": str((folder / "report.html").resolve()),
+            "stages": stages,
+        },
+    )
+
+
+def write_report_on_main(folder: Path, world: World) -> None:
+    """The HTML page of the run, written by rank 0 alone. Collective."""
+    world.from_main(lambda: write_report(folder))
