@@ -1,0 +1,130 @@
+"""Attention within documents of a packed sequence: one small interface, two backends.
+
+Enters: queries [T, H, d], keys and values [T, G, d] (G key/value heads, G divides H) and the borders of the segments
+(documents of the decoder, temporal steps of the vision transformer). Leaves: [T, H, d]. Nothing is padded.
+
+- `reference`: exact, any device and dtype: scaled_dot_product_attention per segment; neighbouring segments of equal
+  length share one batched call. Reads the lengths on the host.
+- `varlen`: torch.nn.attention.varlen (flash attention), CUDA in bf16 or fp16; no host synchronisation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Backend = Literal["auto", "varlen", "reference"]
+
+FLASH_HEAD_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` neighbouring segments of `length` tokens each, beginning at token `start`."""
+
+    start: int
+    count: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where attention may look. `runs` is None for the varlen backend, which reads `cu_seqlens` on the device."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    runs: tuple[Run, ...] | None
+
+
+def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Literal["varlen", "reference"]:
+    """The backend that runs: "auto" takes varlen on CUDA in half precision, else the reference.
+
+    Raises ValueError where varlen is asked for and cannot run.
+    """
+    possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if backend == "varlen" and not possible:
+        raise ValueError(f"attention 'varlen' needs CUDA and bf16 or fp16, found {device.type} and {dtype}; use 'auto'")
+    return "varlen" if possible and backend != "reference" else "reference"
+
+
+def make_segments(
+    cu_seqlens: Tensor, max_seqlen: int, backend: Literal["varlen", "reference"], lengths: Sequence[int] | None = None
+) -> Segments:
+    """Prepare the borders once for all layers. cu_seqlens int32 [D + 1]; `lengths` saves reading them where known."""
+    if backend == "varlen":
+        return Segments(cu_seqlens, max_seqlen, None)
+    known = cu_seqlens.diff().tolist() if lengths is None else lengths
+    return Segments(cu_seqlens, max_seqlen, tuple(_runs(known)))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """Softmax attention inside each segment; query [T, H, d], key and value [T, G, d] -> [T, H, d]."""
+    if segments.runs is None:
+        return _varlen(query, key, value, segments, causal)
+    return _reference(query, key, value, segments.runs, causal)
+
+
+def _runs(lengths: Sequence[int]) -> list[Run]:
+    """Group neighbours of equal length: [4, 4, 9] -> (0, 2 x 4), (8, 1 x 9). Empty segments hold no query."""
+    runs, start = [], 0
+    for length, group in groupby(lengths):
+        count = sum(1 for _ in group)
+        if length:
+            runs.append(Run(start, count, length))
+        start += count * length
+    return runs
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], causal: bool) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for run in runs:
+        stop = run.start + run.count * run.length
+        # [n, H, length, d] views: no copy goes into the kernel
+        q, k, v = (
+            x[run.start : stop].view(run.count, run.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
+    head_dim = query.shape[-1]
+    padding = -head_dim % FLASH_HEAD_MULTIPLE
+    if padding:  # zero columns change neither the products nor, cut off again, the result; the scale is the true size's
+        query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
+    kernel, takes = _varlen_kernel()
+    borders, longest = segments.cu_seqlens, segments.max_seqlen
+    mixed: Tensor = kernel(
+        query, key, value, borders, borders, longest, longest, **_varlen_arguments(takes, causal, query, key, head_dim)
+    )
+    return mixed[..., :head_dim] if padding else mixed
+
+
+@cache
+def _varlen_kernel() -> tuple[Callable[..., Any], frozenset[str]]:
+    """The installed torch's kernel and the names of its arguments, which changed between releases."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_arguments(takes: frozenset[str], causal: bool, query: Tensor, key: Tensor, head_dim: int) -> dict[str, Any]:
+    """Arguments in the installed release's words: `is_causal` (2.10) became `window_size`; `enable_gqa` came."""
+    arguments: dict[str, Any] = {"scale": head_dim**-0.5} if "scale" in takes else {}
+    if "window_size" in takes:
+        arguments["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        arguments["is_causal"] = causal
+    if query.shape[1] != key.shape[1] and "enable_gqa" in takes:
+        arguments["enable_gqa"] = True
+    return arguments

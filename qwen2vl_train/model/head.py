@@ -1,0 +1,93 @@
+"""Output head and loss in one: hidden states at supervised positions -> summed cross-entropy.
+
+Enters: [L, D] hidden states, the output matrix [V, D], the tokens that follow. Leaves: the float32 sum of their losses
+and each of them. The [L, V] logits never exist: rows are taken in chunks, and each chunk's gradients are computed in
+the forward pass while its logits are there, so nothing is recomputed. Costs, beside the weight's gradient: one chunk
+of logits in float32 (128 MiB at most) and the hidden states' gradient [L, D].
+
+Legend: L supervised positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Large enough that adding a chunk's share to the weight's gradient (reading and writing V x D numbers) is a small part
+# of the chunk's three matrix products, small enough to be 1/70 of the logits of 16,384 positions x 151,936 words.
+CHUNK_ELEMENTS = 1 << 25
+
+
+class LossOutput(NamedTuple):
+    """`loss_sum`: float32 scalar, differentiable. `token_losses`: float32 [L], detached."""
+
+    loss_sum: Tensor
+    token_losses: Tensor
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> LossOutput:
+    """Sum over positions of -log softmax(hidden @ weight.T)[target].
+
+    hidden [L, D], weight [V, D], targets int64 [L]. L = 0 gives 0 with zero gradients, still connected to the graph:
+    every rank of a distributed step must run backward. Gradients exist for what requires them: a frozen weight costs
+    nothing. Logits are rounded to the inputs' dtype, everything after them is float32.
+    """
+    loss_sum, token_losses = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    return LossOutput(loss_sum, token_losses)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # several chunks are added up in float32: rounding each partial sum to bf16 would lose small contributions
+        sum_dtype = weight.dtype if hidden.shape[0] <= rows else torch.float32
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if wants_weight else None
+
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            chunk, target = hidden[part], targets[part, None]
+            logits = (chunk @ weight.T).float()
+            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            losses[part] = (log_total - logits.gather(1, target)).squeeze(1)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # softmax - one-hot, in the memory of the logits
+            slope = logits.sub_(log_total).exp_()
+            slope.scatter_add_(1, target, torch.full_like(log_total, -1.0))
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, slope.T, chunk)
+
+        ctx.gradients = (grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, _grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss keeps its gradients for one backward pass only; run forward again")
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        # scaled where they lie: a second weight-sized tensor would double the head's memory
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                gradient.mul_(grad_sum)
+        return grad_hidden, grad_weight, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Do total += left @ right, where `total` may be wider than the factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
