@@ -1,0 +1,226 @@
+"""Scenes of the demo pictures: what is in a picture and where, without a pixel drawn.
+
+In:   a random generator and the stencils that tell how large a drawn word is.
+Out:  a `Scene`: size, background, 1 to 3 coloured shapes in reading order (left to right), perhaps one word.
+Cost: about 50 µs. A layout that does not fit after 40 tries loses a shape; the first shape always fits.
+
+Colours and shapes are few and told apart by hue, and backgrounds are nearly grey, so that a model of a million
+parameters can learn them in minutes; places, sizes, aspect ratios and backgrounds vary freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from data_pipelines.sources.demo_stencils import Stencils
+
+Rgb = tuple[int, int, int]
+Box = tuple[int, int, int, int]
+Suffix = Literal["jpg", "png"]
+
+COLORS: dict[str, Rgb] = {
+    "red": (220, 30, 30),
+    "green": (20, 160, 50),
+    "blue": (40, 70, 230),
+    "yellow": (245, 215, 20),
+    "purple": (150, 40, 190),
+    "cyan": (20, 205, 220),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+WORDS = (
+    *("ANT", "BED", "BIKE", "BIRD", "BOOK", "BUS", "CAKE", "CAR", "CAT", "COW", "CUP", "DOG", "DOOR", "DUCK", "EGG"),
+    *("FISH", "FOX", "FROG", "GOAT", "HAT", "HOME", "ICE", "JAM", "KEY", "KING", "LAMP", "LEAF", "LION", "MAP", "MILK"),
+    *(
+        "MOON",
+        "NUT",
+        "OWL",
+        "PARK",
+        "PEN",
+        "PIG",
+        "QUIZ",
+        "RAIN",
+        "ROSE",
+        "SHIP",
+        "SNOW",
+        "STAR",
+        "SUN",
+        "TAXI",
+        "TREE",
+    ),
+    *("VAN", "WOLF", "YAK", "ZOO"),
+)
+
+MIN_SIDE, SIDE_SPREAD = 84, 84  # pixels: sides run from 84 to 168, mean 112
+MIN_SHAPE, MAX_SHAPE = 28, 56  # pixels
+GAP = 4  # pixels between things
+READING_GAP = 8  # centres of two shapes differ by this much, so that "left to right" is never a matter of taste
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A coloured shape that fills the square `box` (x1, y1, x2, y2), pixels, right and bottom exclusive."""
+
+    color: str
+    kind: str
+    box: Box
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.color} {self.kind}"
+
+    @property
+    def center(self) -> tuple[float, float]:
+        x1, y1, x2, y2 = self.box
+        return (x1 + x2) / 2, (y1 + y2) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A drawn word: `box` of its stencil, `quad` its corners clockwise from the first letter's top left, pixels."""
+
+    text: str
+    size: int
+    angle_deg: int
+    box: Box
+    quad: tuple[float, float, float, float, float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """A nearly grey ground: "plain", "gradient_x", "gradient_y" or "stripes" of `first` and `second`, or "noise"."""
+
+    style: str
+    first: Rgb
+    second: Rgb
+    period: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One picture. `shapes` run from left to right; `ink` is the jitter added to each shape's colour."""
+
+    width: int
+    height: int
+    background: Background
+    shapes: tuple[Shape, ...]
+    inks: tuple[Rgb, ...]
+    word: Word | None
+    suffix: Suffix
+
+
+def sample_scene(rng: Random, stencils: Stencils, *, num_shapes: int | None = None, word: bool = False) -> Scene:
+    """A random scene. `num_shapes` None: mostly two, sometimes one or three; `word`: with one word."""
+    width, height = sample_side(rng), sample_side(rng)
+    wanted = num_shapes or rng.choices((1, 2, 3), (20, 60, 20))[0]
+    taken: list[Box] = []
+    drawn_word = _place_word(rng, stencils, width, height) if word else None
+    if drawn_word is not None:
+        taken.append(drawn_word.box)
+    boxes = _place_shapes(rng, width, height, wanted, taken)
+    pairs = rng.sample([(color, kind) for color in COLORS for kind in SHAPES], len(boxes))
+    shapes = tuple(Shape(color, kind, box) for (color, kind), box in zip(pairs, boxes, strict=True))
+    return Scene(
+        width=width,
+        height=height,
+        background=sample_background(rng),
+        shapes=tuple(sorted(shapes, key=lambda shape: shape.center)),
+        inks=tuple(_jitter(rng, 18) for _ in shapes),
+        word=drawn_word,
+        suffix="png" if rng.random() < 0.2 else "jpg",
+    )
+
+
+def sample_side(rng: Random) -> int:
+    """A side in pixels: 84 to 168, more often small (mean 112): cost grows with the area."""
+    return MIN_SIDE + int(SIDE_SPREAD * rng.random() ** 2 + 0.5)
+
+
+def sample_background(rng: Random) -> Background:
+    """A background dark or light enough for a white or black word; its colours stay far from those of the shapes."""
+    level = rng.randint(25, 85) if rng.random() < 0.4 else rng.randint(170, 230)
+    tint = _jitter(rng, 14)
+    step = rng.choice((-1, 1)) * rng.randint(12, 26)
+    first = (level + tint[0], level + tint[1], level + tint[2])
+    second = (first[0] + step, first[1] + step, first[2] + step)
+    style = rng.choice(("plain", "gradient_x", "gradient_y", "stripes", "noise"))
+    return Background(style, first, second, rng.randint(8, 20), rng.randrange(1 << 30))
+
+
+def _jitter(rng: Random, limit: int) -> Rgb:
+    return rng.randint(-limit, limit), rng.randint(-limit, limit), rng.randint(-limit, limit)
+
+
+def _place_word(rng: Random, stencils: Stencils, width: int, height: int) -> Word:
+    """A word at a free place: capitals about 16 to 20 pixels high, one in five turned by a few degrees."""
+    text = rng.choice(WORDS)
+    size = rng.randint(22, 28)
+    angle = rng.choice((-9, -6, 6, 9)) if rng.random() < 0.2 else 0
+    mask, corners = stencils.word(text, size, angle)
+    h, w = mask.shape
+    if w > width - 4:  # the widest word in the narrowest picture
+        size, angle = 22, 0
+        mask, corners = stencils.word(text, size, angle)
+        h, w = mask.shape
+    x, y = rng.randint(1, width - w - 1), rng.randint(1, height - h - 1)
+    quad = tuple(value + (x, y)[i % 2] for i, value in enumerate(corners))
+    return Word(text, size, angle, (x, y, x + w, y + h), (*quad,))  # type: ignore[arg-type]
+
+
+def _place_shapes(rng: Random, width: int, height: int, wanted: int, taken: list[Box]) -> list[Box]:
+    """Up to `wanted` square boxes, apart from each other and from `taken`; one at least."""
+    for count in range(wanted, 0, -1):
+        for _ in range(40):
+            boxes = _try_boxes(rng, width, height, count, taken)
+            if boxes is not None:
+                return boxes
+    # A word across the middle of a small picture: the taller of the strips above and below it holds a shape.
+    _, y1, _, y2 = taken[0]
+    above, below = y1 - GAP, height - y2 - GAP
+    side = min(max(above, below), MAX_SHAPE, width)
+    x = rng.randint(0, width - side)
+    y = 0 if above >= below else height - side
+    return [(x, y, x + side, y + side)]
+
+
+def _try_boxes(rng: Random, width: int, height: int, count: int, taken: list[Box]) -> list[Box] | None:
+    boxes: list[Box] = []
+    largest = min(MAX_SHAPE, min(width, height) // 2)
+    for _ in range(count):
+        side = rng.randint(MIN_SHAPE, largest)
+        x, y = rng.randint(0, width - side), rng.randint(0, height - side)
+        box = (x, y, x + side, y + side)
+        middles = ((other[0] + other[2]) / 2 for other in boxes)
+        if any(_touch(box, other) for other in (*taken, *boxes)):
+            return None
+        if any(abs(middle - x - side / 2) < READING_GAP for middle in middles):
+            return None
+        boxes.append(box)
+    return boxes
+
+
+def _touch(a: Box, b: Box) -> bool:
+    return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP
+
+
+def change_shape(rng: Random, scene: Scene) -> tuple[Scene, Shape, Shape]:
+    """A copy of `scene` in which one shape has another colour or kind; the copy, the shape before, the shape after."""
+    position = rng.randrange(len(scene.shapes))
+    before = scene.shapes[position]
+    present = {shape.phrase for shape in scene.shapes}
+    after = rng.choice([shape for shape in _variants(before) if shape.phrase not in present])
+    shapes = (*scene.shapes[:position], after, *scene.shapes[position + 1 :])
+    changed = Scene(scene.width, scene.height, scene.background, shapes, scene.inks, scene.word, scene.suffix)
+    return changed, before, after
+
+
+def _variants(shape: Shape) -> Iterator[Shape]:
+    for color in COLORS:
+        if color != shape.color:
+            yield Shape(color, shape.kind, shape.box)
+    for kind in SHAPES:
+        if kind != shape.kind:
+            yield Shape(shape.color, kind, shape.box)
