@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the special tokens a Qwen2-VL document is built from; each field is written "<|field|>"."""
+    """Ids of the special tokens a Qwen2-VL document is built from; field `im_end` is the token "<|im_end|>"."""
 
     endoftext: int
     im_start: int
@@ -114,11 +114,11 @@ class TextTokenizer:
         return AutoTokenizer.from_pretrained(self.path)
 
     def _find_special(self, source: Path) -> SpecialTokens:
-        ids = {name: self._backend.token_to_id(name) for name in SpecialTokens.names()}
-        missing = [name for name, number in ids.items() if number is None]
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        missing = [name for name in SpecialTokens.names() if name not in vocabulary]
         if missing:
             raise ValueError(f"{source}: special token {', '.join(missing)} is missing; Qwen2-VL needs all of them")
-        return SpecialTokens(*ids.values())
+        return SpecialTokens(*(vocabulary[name] for name in SpecialTokens.names()))
 
     def _reject_reachable_specials(self, source: Path) -> None:
         special = {getattr(self.special, f.name) for f in fields(SpecialTokens)}

@@ -1,4 +1,4 @@
-"""Record → token ids and supervision mask, by one of two templates.
+r"""Record → token ids and supervision mask, by one of two templates.
 
 Enters: a validated `Record`, the sizes of its media, a tokenizer. Leaves: ids with ONE pad token per media item (its
 run is filled in by `encode.sample`), a mask of what is learnt, and the media in document order.
@@ -6,23 +6,23 @@ run is filled in by `encode.sample`), a mask of what is learnt, and the media in
 Template "chatml" (stage 3) is the chat template published with Qwen2-VL, character for character, default system turn
 included. Learnt: the content of assistant turns and the <|im_end|> that closes them.
 
-    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n
-    <|vision_start|><|image_pad|><|vision_end|>Question<|im_end|>\\n<|im_start|>assistant\\n[Answer<|im_end|>]\\n
+    <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n
+    <|vision_start|><|image_pad|><|vision_end|>Question<|im_end|>\n<|im_start|>assistant\n[Answer<|im_end|>]\n
 
 Template "plain" (stages 1 and 2) is Qwen-VL's pretraining form with Qwen2-VL's tags (papers' section on multi-task
 pretraining); further turns follow in the same document. Learnt: assistant text and the <|endoftext|> that closes it.
 
-    <|vision_start|><|image_pad|><|vision_end|>Generate the caption in English:\\n[A dog.<|endoftext|>]
+    <|vision_start|><|image_pad|><|vision_end|>Generate the caption in English:\n[A dog.<|endoftext|>]
 
-Its separator is one newline after a turn that ends in text: it belongs to the prompt, so the prompt is the same whatever
-answer follows, and no answer starts with a stray space. A turn that ends in an image or in a region (referring:
-phrase -> box) has none, nor has one whose text already ends in white space. System turns are unsupervised text.
+Its separator is one newline after a turn that ends in text: it belongs to the prompt, so the prompt is the same
+whatever answer follows, and no answer starts with a stray space. A turn that ends in an image or in a region (as in
+referring: phrase -> box) has none, nor has one whose text already ends in white space. System turns are unsupervised.
 
 A document that is one assistant message (plain or interleaved text) is learnt whole, but for its first token, which
 nothing predicts. Media tokens are never learnt, nor parts with `supervised=False` (tool results).
 
 Text is tokenised in runs between special tokens, as transformers tokenises the whole string, with one cut more:
-wherever supervision begins or ends inside a run ("assistant\\n" | answer), so that training sees the same ids as
+wherever supervision begins or ends inside a run ("assistant\n" | answer), so that training sees the same ids as
 generation, where the prompt is tokenised without its answer. No text can make a special token or move the mask.
 
 Region parts become <|object_ref_start|>phrase<|object_ref_end|>, then <|box_start|>(x1,y1),(x2,y2)<|box_end|> per box
@@ -92,8 +92,8 @@ def tokenize_prompt(
 ) -> TokenizedText:
     """Everything before the last assistant turn, plus what makes the model answer; for evaluation. Nothing supervised.
 
-    The ids are the beginning of `tokenize_record`'s: "<|im_start|>assistant\\n" ends a chatml prompt, the separator a
-    plain one.
+    The ids are the beginning of `tokenize_record`'s: a chatml prompt ends in <|im_start|>assistant and a newline, a
+    plain one in the separator.
 
     Raises:
         RecordError: as `tokenize_record`; or nothing stands before the answer ("no_prompt").
