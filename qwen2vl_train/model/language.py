@@ -81,7 +81,7 @@ class TextMlp(nn.Module):
         return out
 
 
-class TextBlock(nn.Module):
+class DecoderLayer(nn.Module):
     """One pre-norm decoder layer; [T, D] -> [T, D]."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         self.config = config
         self.checkpointing = checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TextBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
