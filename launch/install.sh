@@ -9,7 +9,7 @@ cd "$root"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
     chosen=""
-    for candidate in python3.12 python3.11 python3 python; do
+    for candidate in python3 python3.12 python3.11 python; do
       if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
         chosen="$candidate"
         break

@@ -114,14 +114,13 @@ class EngineConfig:
 class ModelSettings:
     """The model's shape (`config`) and how it runs: attention backend, activation checkpointing (every n-th block, 0 none).
 
-    `config.text.vocab_size` 0 takes the tokenizer's size. `init_std` is the normal distribution's of fresh weights.
+    `config.text.vocab_size` 0 takes the tokenizer's size.
     """
 
     config: ModelConfig
     attention: Literal["auto", "varlen", "reference"] = "auto"
     vision_checkpointing: int = 0
     text_checkpointing: int = 0
-    init_std: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -222,14 +221,15 @@ def load_config(overrides: Sequence[str], folder: Path | None = None) -> tuple[R
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    words = [_expand_stage(word) for word in overrides]
+    folder = (folder or config_dir()).resolve()
+    words = [_expand(word, folder) for word in overrides]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str((folder or config_dir()).resolve()), version_base="1.3"):
+        with initialize_config_dir(str(folder), version_base="1.3"):
             composed = compose("train", overrides=words)
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain_hydra(error, words)) from error
+        raise ConfigError(_explain_hydra(error, overrides)) from error
     assert isinstance(plain, dict)
     plain.pop("shared", None)  # values that only other YAML values refer to
     plain.pop("mixture", None)
@@ -239,17 +239,21 @@ def load_config(overrides: Sequence[str], folder: Path | None = None) -> tuple[R
         raise ConfigError(_explain_validation(error)) from error
 
 
-def _expand_stage(word: str) -> str:
-    return f"chain=[{word.removeprefix('stage=')}]" if word.startswith("stage=") else word
+def _expand(word: str, folder: Path) -> str:
+    """`stage=` to `chain=`, and `++` before values, so that an unknown key reaches our check and its suggestion."""
+    if word.startswith("stage="):
+        word = f"chain=[{word.removeprefix('stage=')}]"
+    key = word.partition("=")[0]
+    chooses_group = (folder / key.partition("@")[0]).is_dir()
+    return word if chooses_group or not key[:1].isalpha() else f"++{word}"
 
 
-def _explain_hydra(error: Exception, words: Sequence[str]) -> str:
-    """Hydra's first line, which names the key, and its cause where it hides behind a second exception."""
-    causes = [str(error)]
-    if error.__cause__ is not None:
-        causes.append(str(error.__cause__))
-    text = "\n".join(line for cause in causes for line in cause.splitlines() if line.strip())
-    return f"{text}\nOverrides given: {' '.join(words) or '(none)'}. `qwen2vl config` prints every key with its value."
+def _explain_hydra(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's message without its search path, and its cause where that hides behind a second exception."""
+    causes = [str(error), str(error.__cause__ or "")]
+    lines = [line.strip() for cause in causes for line in cause.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("provider=", "Config search path"))]
+    return f"{'; '.join(kept)}\nOverrides given: {' '.join(overrides) or '(none)'}"
 
 
 def _explain_validation(error: ValidationError) -> str:
@@ -257,12 +261,13 @@ def _explain_validation(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         path = [str(part) for part in fault["loc"]]
-        shown = "" if fault["type"] == "missing" else f" = {_shorten(fault['input'])}"
+        shown = "" if isinstance(fault["input"], dict) else f" = {_shorten(fault['input'])}"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = sorted(_known_keys(path[:-1]))
             near = difflib.get_close_matches(path[-1], known, n=1)
-            message = f"unknown key; {f'did you mean {near[0]!r}?' if near else f'known here: {", ".join(known)}'}"
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            message = f"unknown key; {hint}"
         lines.append(f"{'.'.join(path) or 'configuration'}{shown}: {message}")
     return "\n".join(lines)
 

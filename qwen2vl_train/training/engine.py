@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import EngineConfig, OptimConfig
+from qwen2vl_train.model.head import LossOutput
 from qwen2vl_train.model.language import DecoderLayer
-from qwen2vl_train.model.qwen2vl import LossOutput
 from qwen2vl_train.model.vision import VisionBlock
 from qwen2vl_train.training.optim import adamw
 from qwen2vl_train.training.world import World

@@ -26,7 +26,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig, vit_depth: int) -> l
         if parameter.requires_grad:
             part = part_of(name)
             layer = vit_layer(name) if part == "vit" and config.vit_layer_decay < 1 else -1
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties a partitioned parameter's own shape
+            shape = getattr(
+                parameter, "ds_shape", parameter.shape
+            )  # ZeRO-3 empties a partitioned parameter's own shape
             grouped[part, len(shape) > 1, layer].append(parameter)
     groups = []
     for (part, decayed, layer), parameters in grouped.items():

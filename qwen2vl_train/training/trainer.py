@@ -22,7 +22,7 @@ from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig, StageConfig
 from qwen2vl_train.export import export_model
 from qwen2vl_train.model.config import ModelConfig
-from qwen2vl_train.model.parts import audit, freeze
+from qwen2vl_train.model.parts import audit, format_audit, freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise, load_hf
 from qwen2vl_train.training.checkpoint import CheckpointStore
@@ -62,7 +62,13 @@ class Trainer:
     """Trains `stage_name` from the weights in `init` (a folder, or None for seeded random weights)."""
 
     def __init__(
-        self, run: RunConfig, stage_name: str, init: Path | None, model_config: ModelConfig, world: World, monitor: Monitor
+        self,
+        run: RunConfig,
+        stage_name: str,
+        init: Path | None,
+        model_config: ModelConfig,
+        world: World,
+        monitor: Monitor,
     ) -> None:
         self._run = run
         self._name = stage_name
@@ -127,12 +133,11 @@ class Trainer:
             self._model_config, settings.attention, settings.vision_checkpointing, settings.text_checkpointing
         )
         if self._init is None:
-            initialise(model, self._run.seed, settings.init_std)
+            initialise(model, self._run.seed)
         else:
             load_hf(model, self._init)
-        freeze(model, frozenset(self._stage.trainable))
-        for row in audit(model, frozenset(self._stage.trainable)):
-            self._monitor.console.print(f"  {row}", style="dim", highlight=False)
+        freeze(model, self._stage.trainable)
+        self._monitor.console.print(format_audit(audit(model, self._stage.trainable)), style="dim", highlight=False)
         model.to(self._world.device)
         groups = parameter_groups(model, self._stage.optim, self._model_config.vision.depth)
         return Engine(model, groups, self._stage.optim, self._run.engine, self._world, self._accumulation)
@@ -149,9 +154,7 @@ class Trainer:
         self._monitor.console.print(f"  resumed from {path} after step {progress.step}", highlight=False)
         return progress
 
-    def _log(
-        self, engine: Engine, loader: PackLoader, totals: LossTotals, window: _Window, progress: Progress
-    ) -> None:
+    def _log(self, engine: Engine, loader: PackLoader, totals: LossTotals, window: _Window, progress: Progress) -> None:
         """Fold the window into `progress` and report it. Collective: losses, counts and skips are summed over ranks."""
         sums, counts = totals.read(self._world)
         parts = self._world.gather(window)

@@ -1,0 +1,76 @@
+"""Configuration: every YAML composes, and every mistake names its key, its value and a remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen2vl_train.config import ConfigError, config_dir, load_config
+
+PLACES = {
+    "demo": [],
+    "real": ["data.root=/shards", "data.tokenizer=/tokenizer"],
+    "qwen2vl_2b": ["data.root=/shards", "data.tokenizer=/tokenizer", "stages.vision.init_from=/start"],
+    "qwen2vl_7b": ["data.root=/shards", "data.tokenizer=/tokenizer", "stages.vision.init_from=/start"],
+    "qwen2vl_72b": ["data.root=/shards", "data.tokenizer=/tokenizer", "stages.vision.init_from=/start"],
+}
+
+
+def test_every_experiment_file_is_listed_here():
+    assert {path.stem for path in (config_dir() / "experiment").glob("*.yaml")} == set(PLACES)
+
+
+@pytest.mark.parametrize("experiment", PLACES)
+def test_experiments_compose_and_follow_the_papers_stages(experiment):
+    run, settings = load_config([f"experiment={experiment}", *PLACES[experiment]])
+    assert run.stages["vision"].trainable == ("vit", "merger")
+    assert run.stages["multitask"].trainable == ("vit", "merger", "llm")
+    assert run.stages["instruct"].trainable == ("llm",)
+    assert run.chain[-3:] == ("vision", "multitask", "instruct")
+    assert settings["run_dir"] == run.run_dir == f"runs/{experiment}"
+
+
+@pytest.mark.parametrize("experiment", ["real", "qwen2vl_2b", "qwen2vl_7b", "qwen2vl_72b"])
+def test_experiments_on_real_images_pack_16384_tokens(experiment):
+    run, _ = load_config([f"experiment={experiment}", *PLACES[experiment]])
+    assert {stage.data.plan.max_tokens for stage in run.stages.values()} == {16384}
+    assert {stage.data.media.max_media_tokens for stage in run.stages.values()} == {16384}
+
+
+def test_stage_is_short_for_a_chain_of_one():
+    run, _ = load_config(["experiment=demo", "stage=vision"])
+    assert run.chain == ("vision",)
+
+
+def test_a_missing_place_is_named():
+    with pytest.raises(ConfigError, match=r"data\.root"):
+        load_config(["experiment=qwen2vl_2b"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.vision.stepz=4"], r"stages\.vision\.stepz = 4: unknown key; did you mean 'steps'\?"),
+        (["modle=tiny"], r"modle = 'tiny': unknown key; did you mean 'model'\?"),
+        (["stages.vision.steps=many"], r"stages\.vision\.steps = 'many': Input should be a valid integer"),
+        (["stages.vision.optim.lr.vti=1"], r"optim\.lr\.vti = 1: unknown key; did you mean 'vit'\?"),
+        (["stages.vision.trainable=[vit,llm]"], r"llm is trainable but optim\.lr\.llm is not positive"),
+        (["stages.vision.schedule.warmup_steps=250"], r"warmup_steps=250 leaves nothing of steps=250"),
+        (["engine.zero_stage=9"], r"engine\.zero_stage = 9: Input should be 0, 1, 2 or 3"),
+        (["engine.zero_stage=2", "engine.offload_parameters=true"], r"offload_parameters=true needs zero_stage=3"),
+        (["stage=visio"], r"chain=\['visio'\]: choose from the configured stages"),
+        (["model.config.text.hidden_size=130"], r"hidden_size 130 is not divisible by num_attention_heads 4"),
+        (["experiment=dmeo"], r"Could not find 'experiment/dmeo'.*demo"),
+    ],
+)
+def test_mistakes_name_key_value_and_remedy(overrides, message):
+    words = overrides if overrides[0].startswith("experiment=") else ["experiment=demo", *overrides]
+    if any("warmup" in word for word in overrides):
+        words.append("stages.vision.steps=250")
+    with pytest.raises(ConfigError, match=message):
+        load_config(words)
+
+
+def test_another_folder_of_configs_can_be_used(tmp_path: Path):
+    (tmp_path / "train.yaml").write_text("run_dir: runs/x\n")
+    with pytest.raises(ConfigError, match="stages"):
+        load_config([], tmp_path)
