@@ -10,11 +10,13 @@ turns is shuffled, because a held-out record asks one question only, right after
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from data_pipelines.sources import demo_chats as chats
+from data_pipelines.sources import demo_comparisons as comparisons
 from data_pipelines.sources import demo_questions as questions
 from data_pipelines.sources.demo_clips import (
     FRAMES_PER_SECOND,
@@ -63,6 +65,15 @@ def make_document(seed: int, split: str, kind: str, index: int, stencils: Stenci
     return Document(f"{split}-{kind}-{index:07d}", record, drawn)
 
 
+def demo_texts(seed: int, count: int) -> Iterator[str]:
+    """Texts of `count` records of every training kind, to train a tokenizer on; no picture is drawn."""
+    stencils = Stencils()
+    for kind, maker in TRAIN_KINDS.items():
+        for index in range(count):
+            for message in maker(Random(f"{seed}/texts/{kind}/{index}"), stencils).messages:
+                yield from questions.text_runs(message["content"])
+
+
 def _facts(item: Scene | Clip) -> dict[str, float]:
     if isinstance(item, Scene):
         return {"width": item.width, "height": item.height}
@@ -99,7 +110,7 @@ def _captions(rng: Random, stencils: Stencils) -> Draft:
 
 
 def _scenes(rng: Random, stencils: Stencils) -> Draft:
-    """The multitask document: caption or grounded caption, box or phrase of each shape, a question, perhaps the word."""
+    """The multitask document: caption (grounded or not), box or phrase of each shape, a question, perhaps the word."""
     scene = sample_scene(rng, stencils, word=rng.random() < WORD_SHARE)
     if rng.random() < 0.25:
         rest = [questions.ask_vqa(rng, scene)]
@@ -123,6 +134,20 @@ def _ocr(rng: Random, stencils: Stencils) -> Draft:
     turns.append(questions.ask_referring(rng.choice(scene.shapes)))
     rng.shuffle(turns)
     return _draft("ocr", [scene], turns)
+
+
+def _compare(rng: Random, stencils: Stencils) -> Draft:
+    """Two pictures; in one pair of five the shapes are the same."""
+    pair = comparisons.sample_pair(rng, stencils, differ=rng.random() < 0.8)
+    return _draft("compare", list(pair.scenes), comparisons.comparison_turns(rng, pair))
+
+
+def _chat(rng: Random, stencils: Stencils) -> Draft:
+    """A conversation about a picture; one in five is about none."""
+    if rng.random() < 0.2:
+        return _draft("chat", [], chats.fact_chat(rng))
+    scene = sample_scene(rng, stencils, word=rng.random() < WORD_SHARE)
+    return _draft("chat", [scene], chats.picture_chat(rng, scene))
 
 
 def _clips(rng: Random, stencils: Stencils) -> Draft:
@@ -179,6 +204,18 @@ def _held_vqa(rng: Random, stencils: Stencils) -> Draft:
     return _draft("vqa", [scene], [questions.ask_vqa(rng, scene)])
 
 
+def _held_compare(rng: Random, stencils: Stencils) -> Draft:
+    pair = comparisons.sample_pair(rng, stencils, differ=True)
+    return _draft("compare", list(pair.scenes), [comparisons.ask_difference(pair)])
+
+
+def _held_chat(rng: Random, stencils: Stencils) -> Draft:
+    """The answer looked at comes one turn after the picture."""
+    scene = sample_scene(rng, stencils, num_shapes=1, word=rng.random() < WORD_SHARE)
+    last = chats.say_color(scene.shapes[0]) if rng.random() < 0.5 else chats.say_caption(scene)
+    return _draft("chat", [scene], [chats.chat(*chats.GREETING), last])
+
+
 def _held_direction(rng: Random, stencils: Stencils) -> Draft:
     clip = sample_clip(rng, "move")
     movers = [actor for actor in clip.actors if actor.direction is not None]
@@ -201,6 +238,8 @@ TRAIN_KINDS: dict[str, Maker] = {
     "captions": _captions,
     "scenes": _scenes,
     "ocr": _ocr,
+    "compare": _compare,
+    "chat": _chat,
     "clips": _clips,
     "text": _text,
 }
@@ -212,6 +251,8 @@ HELDOUT_TASKS: dict[str, Maker] = {
     "ocr": _held_ocr,
     "ocr_grounding": _held_ocr_grounding,
     "vqa": _held_vqa,
+    "compare": _held_compare,
+    "chat": _held_chat,
     "video_direction": _held_direction,
     "video_order": _held_order,
     "video_caption": _held_video_caption,

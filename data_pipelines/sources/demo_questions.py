@@ -10,7 +10,7 @@ defined.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -179,8 +179,13 @@ def media_part(name: str) -> Part:
     return {"type": kind, kind: name}
 
 
-def plain_text(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The words of a message without its media; coordinates are left out."""
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", part.get("phrase", ""))) for part in content)
+def text_runs(content: str | Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The texts of a message as a tokenizer meets them: one run for each part, media and coordinates left out."""
+    parts = [text(content)] if isinstance(content, str) else content
+    for part in parts:
+        yield from (str(part[field]) for field in ("text", "phrase") if field in part)
+
+
+def plain_text(content: Sequence[Mapping[str, Any]]) -> str:
+    """The words of a question or an answer as one string."""
+    return "".join(text_runs(content))

@@ -10,7 +10,6 @@ parameters can learn them in minutes; places, sizes, aspect ratios and backgroun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -204,23 +203,3 @@ def _try_boxes(rng: Random, width: int, height: int, count: int, taken: list[Box
 
 def _touch(a: Box, b: Box) -> bool:
     return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP
-
-
-def change_shape(rng: Random, scene: Scene) -> tuple[Scene, Shape, Shape]:
-    """A copy of `scene` in which one shape has another colour or kind; the copy, the shape before, the shape after."""
-    position = rng.randrange(len(scene.shapes))
-    before = scene.shapes[position]
-    present = {shape.phrase for shape in scene.shapes}
-    after = rng.choice([shape for shape in _variants(before) if shape.phrase not in present])
-    shapes = (*scene.shapes[:position], after, *scene.shapes[position + 1 :])
-    changed = Scene(scene.width, scene.height, scene.background, shapes, scene.inks, scene.word, scene.suffix)
-    return changed, before, after
-
-
-def _variants(shape: Shape) -> Iterator[Shape]:
-    for color in COLORS:
-        if color != shape.color:
-            yield Shape(color, shape.kind, shape.box)
-    for kind in SHAPES:
-        if kind != shape.kind:
-            yield Shape(shape.color, kind, shape.box)

@@ -11,18 +11,17 @@ the seeing left to learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from data_pipelines.sources.demo_chats import fact_chat
 from data_pipelines.sources.demo_clips import ask_direction, ask_events, sample_clip
 from data_pipelines.sources.demo_questions import (
-    CAPTION_PROMPTS,
-    GROUNDED_PROMPTS,
     NUMBERS,
-    OCR_GROUNDING_PROMPTS,
     OCR_PROMPTS,
     Turn,
+    as_messages,
     ask_caption,
     ask_vqa,
     join_phrases,
@@ -33,49 +32,11 @@ from data_pipelines.sources.demo_stencils import Stencils
 
 Messages = list[dict[str, Any]]
 
-FACTS = (
-    ("What is the opposite of left?", "right"),
-    ("What is the opposite of right?", "left"),
-    ("What is the opposite of up?", "down"),
-    ("What is the opposite of down?", "up"),
-    ("What is the opposite of above?", "below"),
-    ("What is the opposite of below?", "above"),
-    ("What is the opposite of first?", "last"),
-    ("What is the opposite of yes?", "no"),
-    ("How many sides does a square have?", "four"),
-    ("How many sides does a triangle have?", "three"),
-    ("What color is the sky?", "blue"),
-    ("What color is grass?", "green"),
-    ("What color is the sun?", "yellow"),
-    ("What color is blood?", "red"),
-    ("What shape is a wheel?", "a circle"),
-    ("What shape is the moon?", "a circle"),
-    ("Which animal says meow?", "a cat"),
-    ("Which animal gives milk?", "a cow"),
-    ("What falls from the clouds?", "rain"),
-    ("What do you read?", "a book"),
-    ("What opens a door?", "a key"),
-    ("Hello!", "Hello! How can I help you?"),
-    ("Thank you!", "You are welcome!"),
-    ("Who are you?", "I am a small model that looks at pictures."),
-    ("Goodbye!", "Goodbye!"),
-)
-
 
 def make_text(rng: Random, stencils: Stencils) -> Messages:
     """One text-only record's messages."""
-    makers: tuple[Callable[[Random, Stencils], Messages], ...] = (_scene, _sentence, _arithmetic, _fact, _word, _colors)
+    makers: tuple[Callable[[Random, Stencils], Messages], ...] = (_scene, _sentence, _arithmetic, _fact, _word, _count)
     return rng.choices(makers, (50, 15, 12, 8, 10, 5))[0](rng, stencils)
-
-
-def demo_texts(seed: int, count: int) -> Iterator[str]:
-    """`count` records' texts, to train a tokenizer on: all words, prompts, answers and the coordinate syntax."""
-    stencils = Stencils()
-    yield from (*CAPTION_PROMPTS, *GROUNDED_PROMPTS, *OCR_PROMPTS, *OCR_GROUNDING_PROMPTS)
-    yield from WORDS
-    for index in range(count):
-        rng = Random(f"{seed}/texts/{index}")
-        yield "\n".join(plain_text(message["content"]) for message in make_text(rng, stencils))
 
 
 def _turns(turns: list[tuple[str, str]]) -> Messages:
@@ -137,7 +98,7 @@ def _arithmetic(rng: Random, stencils: Stencils) -> Messages:
 
 
 def _fact(rng: Random, stencils: Stencils) -> Messages:
-    return _turns([rng.choice(FACTS) for _ in range(rng.randint(1, 2))])
+    return as_messages([], fact_chat(rng))
 
 
 def _word(rng: Random, stencils: Stencils) -> Messages:
@@ -146,7 +107,7 @@ def _word(rng: Random, stencils: Stencils) -> Messages:
     return _turns([(f"The text says {word}. {rng.choice(OCR_PROMPTS)}", word)])
 
 
-def _colors(rng: Random, stencils: Stencils) -> Messages:
+def _count(rng: Random, stencils: Stencils) -> Messages:
     """Counting a list."""
     count = rng.randint(1, 3)
     names = [f"{rng.choice(tuple(COLORS))} {rng.choice(SHAPES)}" for _ in range(count)]
