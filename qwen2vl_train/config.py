@@ -92,7 +92,10 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """DeepSpeed's part. Sizes count elements. `zero_stage` 0 to 3; offload keeps optimizer state (or parameters) in host memory."""
+    """DeepSpeed's part. Sizes count elements; offload keeps optimizer state (or parameters too) in host memory.
+
+    `timeout_s` bounds every collective: ranks that wait longer for another one end the run.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 3
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -112,8 +115,9 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The model's shape (`config`) and how it runs: attention backend, activation checkpointing (every n-th block, 0 none).
+    """The model's shape (`config`) and how it runs: attention backend, activation checkpointing.
 
+    `*_checkpointing` n recomputes every n-th block in the backward pass (0: none).
     `config.text.vocab_size` 0 takes the tokenizer's size.
     """
 

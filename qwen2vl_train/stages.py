@@ -121,9 +121,7 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
     report = Report({}, {}, [])
     if stage.evaluate and run.data.heldout:
         monitor.start_progress(f"{name} eval", len(run.data.heldout))
-        report = evaluate(
-            folder / "export", run.data.heldout, stage.data, run.evaluation, world, monitor.advance
-        )
+        report = evaluate(folder / "export", run.data.heldout, stage.data, run.evaluation, world, monitor.advance)
         monitor.stop_progress()
         monitor.log(name, progress.step, {f"held_out/{key}": value for key, value in report.metrics.items()})
         monitor.show(name, report.shown)

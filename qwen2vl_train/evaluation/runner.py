@@ -1,29 +1,33 @@
 """Held-out scoring of an exported model by greedy generation.
 
-Enters: a Hugging Face folder and held-out shards by task, one question per record. Leaves: a `Report` with a figure per
-task, the majority baseline and some pictures with true and predicted answers. The records are shared out over the ranks;
-each rank holds the whole model (in its export precision), as for inference.
+Enters: a Hugging Face folder and held-out shards by task, one question per record. Leaves: a `Report` with a figure
+per task, the majority baseline and some pictures with true and predicted answers. The records are shared out over the
+ranks; each rank holds the whole model (in its export precision), as for inference.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from data_pipelines.decode.video import read_clip
 from PIL import Image
 
 from data_pipelines.config import DataConfig
 from data_pipelines.decode.image import decode_image
-from data_pipelines.decode.video import read_clip
 from data_pipelines.encode.boxes import parse_boxes
+from data_pipelines.encode.chat import tokenize_prompt
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError
-from data_pipelines.index.build import open_source
-from data_pipelines.samples import Encoded, Media, MediaPlan, Record, Region
+from data_pipelines.index.build import Counting
+from data_pipelines.index.source import SourceIndex
+from data_pipelines.samples import Encoded, Media, Record
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import EvaluationConfig
 from qwen2vl_train.evaluation.metrics import constant_baseline, metric_of
@@ -34,6 +38,8 @@ from qwen2vl_train.model.weights import load_hf
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.monitor import Box, Shown
 from qwen2vl_train.training.world import World
+
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -101,25 +107,29 @@ def evaluate(
 def _score_task(
     model: Qwen2VL, encoder: SampleEncoder, task: str, shards: str, config: EvaluationConfig, world: World
 ) -> list[Answer]:
-    """This rank's share of one task: every world-th record, generated in batches."""
-    source = open_source((shards,), encoder.tokenizer, encoder.template)
-    stop = (encoder.tokenizer.special.im_end, encoder.tokenizer.special.endoftext)
-    answers: list[Answer] = []
-    batch: list[_Question] = []
-    last = min(config.max_samples, source.num_samples)
-    for number in range(world.rank, last, world.size):
+    """This rank's share of one task (every world-th record), generated in batches."""
+    paths = sorted(glob(shards))
+    if not paths:
+        raise FileNotFoundError(f"data.heldout.{task}={shards} matches no file; correct the path or drop the task")
+    source = SourceIndex(task, paths, Counting(encoder.tokenizer, encoder.template))
+    questions = []
+    for _, record, media, read in islice(source.records(), world.rank, config.max_samples, world.size):
         try:
-            batch.append(_question(encoder, *source.record(number)))
-        except DataError:
-            continue  # a broken held-out sample has no score; the index already reported it
-        if len(batch) == config.batch_size or number + world.size >= last:
-            outputs = generate(model, [item.prompt for item in batch], config.max_new_tokens, stop)
-            for item, ids in zip(batch, outputs, strict=True):
-                prediction = encoder.tokenizer.decode([token for token in ids if token not in stop])
-                hit = metric_of(task).hit(item.truth, prediction)
-                wanted = len(answers) < -(-config.pictures // world.size)
-                answers.append(Answer(task, item.truth, prediction, hit, _show(task, item, prediction, hit, encoder) if wanted else None))
-            batch = []
+            questions.append(_question(encoder, record, {item.name: item for item, _ in media}, read))
+        except DataError as error:
+            warnings.warn(f"held-out sample left out: {error}", stacklevel=2)
+    answers: list[Answer] = []
+    stop = (encoder.tokenizer.special.im_end, encoder.tokenizer.special.endoftext)
+    for first in range(0, len(questions), config.batch_size):
+        batch = questions[first : first + config.batch_size]
+        outputs = generate(model, [question.prompt for question in batch], config.max_new_tokens, stop)
+        for question, ids in zip(batch, outputs, strict=True):
+            prediction = encoder.tokenizer.decode([token for token in ids if token not in stop])
+            hit = metric_of(task).hit(question.truth, prediction)
+            looked_at = len(answers) < -(-config.pictures // world.size)
+            shown = _show(task, question, prediction, hit, encoder) if looked_at else None
+            answers.append(Answer(task, question.truth, prediction, hit, shown))
+    source.close()
     return answers
 
 
@@ -136,37 +146,40 @@ class _Question:
 def _question(
     encoder: SampleEncoder, record: Record, media: Mapping[str, Media], read: Callable[[str], bytes]
 ) -> _Question:
-    prompt = encoder.encode_prompt(record, media, read)
-    answer = encoder.answer_text(record, media)
-    text = encoder.prompt_text(record, media)
-    return _Question(record, media, read, prompt, text, answer)
+    """The prompt's tokens and pixels, and the true answer as the tokenizer writes it, without its end token."""
+    prompt = encoder.encode_prompt(record, read, medias=media)
+    asked = tokenize_prompt(record, encoder.tokenizer, encoder.template, media).input_ids
+    special = encoder.tokenizer.special
+    answer = encoder.tokenize(record, media).input_ids[len(asked) :]
+    ends = [place for place, token in enumerate(answer) if token in (special.im_end, special.endoftext)]
+    truth = encoder.tokenizer.decode(answer[: ends[0]] if ends else answer)
+    return _Question(record, media, read, prompt, encoder.tokenizer.decode(asked), truth)
 
 
-def _show(task: str, item: _Question, prediction: str, hit: bool, encoder: SampleEncoder) -> Shown:
+def _show(task: str, question: _Question, prediction: str, hit: bool, encoder: SampleEncoder) -> Shown:
     """The sample's picture (clips: their frames side by side) with true and predicted boxes as fractions."""
-    pictures = [_picture(name, media, item, encoder) for name, media in item.media.items()]
+    pictures = [_picture(media, question, encoder) for media in question.media.values()]
     boxes = [
-        Box((x1 / 1000, y1 / 1000, x2 / 1000, y2 / 1000), "predicted" if predicted else "truth", predicted)
-        for text, predicted in ((item.truth, False), (prediction, True))
+        Box((x1 / 1000, y1 / 1000, x2 / 1000, y2 / 1000), "predicted" if predicted else "true", predicted)
+        for text, predicted in ((question.truth, False), (prediction, True))
         for x1, y1, x2, y2 in parse_boxes(text)
     ]
     picture = _side_by_side(pictures) if pictures else np.full((28, 28, 3), 255, np.uint8)
-    single = len(pictures) == 1
-    return Shown(
-        task, item.record.key, picture, item.prompt_text, item.truth, prediction, hit, tuple(boxes) if single else ()
-    )
+    drawn = tuple(boxes) if len(pictures) == 1 else ()  # with several pictures a box does not say whose it is
+    key = question.record.key
+    return Shown(task, key, picture, question.prompt_text, question.truth, prediction, hit, drawn)
 
 
-def _picture(name: str, media: Media, item: _Question, encoder: SampleEncoder) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    data = item.read(name)
+def _picture(media: Media, question: _Question, encoder: SampleEncoder) -> Picture:
+    data, key = question.read(media.name), question.record.key
     if media.kind == "image":
-        return decode_image(data, item.record.key, encoder.media_config.max_source_pixels)
-    plan = next(plan for plan in item.prompt.media if plan.kind == "video")
-    frames = read_clip(data, media, plan, item.record.key, encoder.media_config.video_backend)
+        return decode_image(data, key, encoder.media_config.max_source_pixels)
+    plan = next(plan for plan in question.prompt.media if plan.kind == "video")
+    frames = read_clip(data, media, plan, key, encoder.media_config.video_backend)
     return _side_by_side([frame.permute(1, 2, 0).numpy() for frame in frames[:: max(1, len(frames) // 4)]])
 
 
-def _side_by_side(pictures: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _side_by_side(pictures: Sequence[Picture]) -> Picture:
     """Pictures in a row, 4 white pixels between them, padded to the tallest."""
     height = max(picture.shape[0] for picture in pictures)
     columns = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Shown:
-    """One held-out picture for the table: RGB array [H, W, 3] uint8, the prompt, truth and prediction, boxes of both."""
+    """One held-out picture for the table: RGB array uint8 [H, W, 3], prompt, truth and prediction, boxes of both."""
 
     task: str
     key: str
@@ -98,8 +99,7 @@ class Monitor:
     def advance(self, done: int, note: str = "") -> None:
         """Set the progress bar to `done` steps with a short note beside it."""
         if self._progress is not None:
-            fields = {"note": note} if note else {}
-            self._progress.update(self._task, completed=done, **fields)
+            self._progress.update(self._task, completed=done, note=note)
 
     def stop_progress(self) -> None:
         """Close the progress bar."""
@@ -123,7 +123,7 @@ def _start_wandb(run_dir: Path, config: MonitorConfig, settings: Mapping[str, An
 
     identity = run_dir / "wandb_id"
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(uuid.uuid4().hex[:8])
     try:
         run = wandb.init(
             project=config.project,

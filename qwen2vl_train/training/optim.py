@@ -16,10 +16,10 @@ from qwen2vl_train.model.parts import part_of, vit_layer
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig, vit_depth: int) -> list[dict[str, Any]]:
-    """Trainable parameters grouped by (part, decay, ViT layer), each group with `name`, `lr`, `peak_lr`, `weight_decay`.
+    """Trainable parameters grouped by (part, decay, ViT layer): groups with `name`, `lr`, `peak_lr`, `weight_decay`.
 
-    Vectors (norms and biases) are not decayed. With `vit_layer_decay` d, patch embedding and block i of n blocks train at
-    lr * d ** (layers above), where the last block keeps the full rate.
+    Vectors (norms and biases) are not decayed. With `vit_layer_decay` d, the patch embedding and each block train at
+    lr * d ** (blocks above); the last block keeps the full rate.
     """
     grouped: dict[tuple[str, bool, int], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
+
 from data_pipelines.samples import PackedBatch
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig, StageConfig
