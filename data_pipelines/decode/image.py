@@ -55,6 +55,19 @@ def probe_image(data: bytes, name: str, key: str) -> Media:
     return Media(name, "image", width, height)
 
 
+def image_orientation(data: bytes, key: str) -> int:
+    """EXIF orientation 1..8 that a reader of the stored pixels still has to apply; from the header.
+
+    Raises:
+        MediaError: as `probe_image`.
+    """
+    _require_bytes(data, key)
+    if data.startswith(_JPEG_MAGIC):
+        return _jpeg_header(data, key)[2]
+    with _open(data, key) as image:
+        return _pillow_orientation(image)
+
+
 def decode_image(data: bytes, key: str, max_source_pixels: int) -> NDArray[np.uint8]:
     """Pixels of `data`, uint8 [H, W, 3] RGB as displayed, C-contiguous. At most `max_source_pixels` are decoded.
 
@@ -126,9 +139,9 @@ def _grey_to_rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _turn(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Apply an EXIF orientation: 2..4 mirror, 5..8 also swap the axes; 1 and unknown values leave the pixels alone."""
+    """Apply an EXIF orientation: 2..4 mirror, 5..8 also swap the axes; 1 leaves the pixels alone, without a copy."""
     if orientation >= 5:
-        rgb = rgb.transpose(1, 0, 2)
+        rgb = np.swapaxes(rgb, 0, 1)
     if orientation in (3, 4, 7, 8):
         rgb = rgb[::-1]
     if orientation in (2, 3, 6, 7):
