@@ -1,0 +1,269 @@
+"""Build the side files of shards: on first need, cached, shared between ranks, stale only when the content changes.
+
+Enters: a shard, and for the text column a tokenizer and template. Leaves: side files in `.index/` beside the shard, or
+in a cache folder where that cannot be written. Costs one pass over the shard's headers and records, and over the media
+whose dimensions the records do not state: about 0.1 ms a sample and 0.05 ms for each media header.
+
+A sample that cannot be used is left out of the index, or has -1 text tokens, and is listed under `problems`; nothing
+else is lost. Processes that need the same file share the work: a lock a shard, and files appear by rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import data_pipelines
+from data_pipelines.config import Template
+from data_pipelines.encode.chat import is_truncatable, tokenize_record
+from data_pipelines.errors import DataError, ShardError
+from data_pipelines.index.read import media_refs, probe_media, read_record, with_media
+from data_pipelines.index.samples import FORMAT, IndexRow, ShardIndex, index_columns
+from data_pipelines.index.table import Array, ColumnError, Columns, write_columns
+from data_pipelines.shards.storage import ShardFile, open_shard
+from data_pipelines.shards.tar import scan_tar
+
+if TYPE_CHECKING:
+    from data_pipelines.tokenizer import TextTokenizer
+
+Progress = Callable[[str, int, int], None]
+Built = tuple[dict[str, Array], dict[str, Any]]
+
+PARALLEL_FROM_BYTES = 256 << 20
+MAX_LISTED_PROBLEMS = 1000
+SPARE_CACHE = Path("~/.cache/qwen2vl-train/index")
+_COUNTED_BY = ("decode/*.py", "encode/chat.py", "encode/boxes.py", "index/read.py", "tokenizer.py")
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What text tokens depend on beside the record: the tokenizer, the template, and this program's own rules."""
+
+    tokenizer: TextTokenizer
+    template: Template
+
+    @cached_property
+    def name(self) -> str:
+        """Distinguishes the text columns of one shard.
+
+        It holds a hash of the code that decides the tokens: counts by another version of it would break the plan.
+        """
+        digest = hashlib.blake2b(digest_size=4)
+        folder = Path(data_pipelines.__file__).parent
+        for pattern in _COUNTED_BY:
+            for path in sorted(folder.glob(pattern)):
+                digest.update(path.read_bytes())
+        return f"{self.template}-{self.tokenizer.fingerprint}-{digest.hexdigest()}"
+
+
+def load_index(shard: str) -> ShardIndex:
+    """The index of `shard`, built if it is absent or stale.
+
+    Raises:
+        ShardError: the shard cannot be read.
+    """
+    with _opened(shard) as file:
+        return ShardIndex(_load_or_build(file, "index", {}, lambda: _build_index(file)))
+
+
+def load_text_tokens(shard: str, index: ShardIndex, counting: Counting) -> Columns:
+    """The text column of `shard`: array `tokens` int32 [n], -1 where the text cannot be encoded (see its problems)."""
+    with _opened(shard) as file:
+        rows = {"rows": index.fingerprint}
+        return _load_or_build(file, f"text-{counting.name}", rows, lambda: _count_text(file, index, counting))
+
+
+def build_missing(
+    shards: Sequence[str], counting: Counting, processes: int | None = None, progress: Progress | None = None
+) -> None:
+    """Build what is absent or stale for all `shards`; `progress(shard, done, total)` is called after each.
+
+    Processes of one or several machines may call this at once: each takes the shards that no other is at.
+
+    Raises:
+        ShardError: a shard cannot be read; the others are finished first.
+    """
+    missing = [shard for shard in shards if not _is_fresh(shard, counting)]
+    size = sum(os.path.getsize(shard) for shard in missing if os.path.isfile(shard))
+    count = min(len(missing), len(os.sched_getaffinity(0)) if processes is None else processes)
+    errors = []
+    results = _build_each(missing, counting, count if size > PARALLEL_FROM_BYTES or processes else 1)
+    for done, (shard, error) in enumerate(results, 1):
+        errors += [error] if error is not None else []
+        if progress is not None:
+            progress(shard, done, len(missing))
+    if errors:
+        raise errors[0]
+
+
+def _build_each(shards: Sequence[str], counting: Counting, processes: int) -> Iterator[tuple[str, ShardError | None]]:
+    if processes > 1:
+        # Spawned, not forked: the caller may hold threads of torch or CUDA.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(_build, shard, counting): shard for shard in shards}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        return
+    # First what no other process is at; then wait for those that others build.
+    busy = []
+    for shard in shards:
+        with _lock(shard, wait=False) as held:
+            if held:
+                yield shard, _build(shard, counting)
+            else:
+                busy.append(shard)
+    for shard in busy:
+        with _lock(shard, wait=True):
+            yield shard, _build(shard, counting)
+
+
+def _build(shard: str, counting: Counting) -> ShardError | None:
+    """Build both side files of one shard; an unreadable shard is returned, so that the others go on."""
+    try:
+        load_text_tokens(shard, load_index(shard), counting)
+    except ShardError as error:
+        return error
+    return None
+
+
+def _build_index(file: ShardFile) -> Built:
+    """Scan, parse and measure one shard."""
+    scan = scan_tar(file)
+    problems: list[DataError] = list(scan.problems)
+    rows = []
+    for sample in scan.samples:
+        try:
+            record = read_record(sample.key, sample.members, file)
+            facts = probe_media(record, sample.members, file)
+            record = with_media(record, facts)
+        except DataError as error:
+            problems.append(error)
+            continue
+        medias = [(facts[ref.name], ref) for ref in media_refs(record)]
+        rows.append(IndexRow(sample.key, record.task, sample.members, medias))
+    arrays, meta = index_columns(rows)
+    return arrays, {**meta, "problems": _listed(problems)}
+
+
+def _count_text(file: ShardFile, index: ShardIndex, counting: Counting) -> Built:
+    """Text tokens of every sample: the tokens of its document without the runs of its media."""
+    tokens = np.full(index.num_samples, -1, np.int32)
+    truncatable = np.zeros(index.num_samples, np.uint8)
+    problems: list[DataError] = []
+    for row in range(index.num_samples):
+        key = index.key(row)
+        facts = {media.name: media for media, _ in index.media(row)}
+        try:
+            record = with_media(read_record(key, index.members(row), file), facts)
+            tokenized = tokenize_record(record, counting.tokenizer, counting.template, facts)
+            tokens[row] = tokenized.text_tokens
+            truncatable[row] = is_truncatable(record)
+        except DataError as error:
+            problems.append(error)
+    return {"tokens": tokens, "truncatable": truncatable}, {"problems": _listed(problems)}
+
+
+def _listed(problems: Sequence[DataError]) -> list[tuple[str, str, str]]:
+    """Problems as stored: bounded, because a shard of a million bad samples needs no million sentences."""
+    listed = [(problem.key, problem.reason, problem.message) for problem in problems[:MAX_LISTED_PROBLEMS]]
+    if len(problems) > MAX_LISTED_PROBLEMS:
+        rest = len(problems) - MAX_LISTED_PROBLEMS
+        listed.append((problems[-1].key, "more_problems", f"and {rest} more problems in this shard"))
+    return listed
+
+
+@contextmanager
+def _opened(shard: str) -> Iterator[ShardFile]:
+    file = open_shard(shard)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def _places(shard: str, kind: str) -> tuple[Path, Path]:
+    """Where a side file may lie: beside the shard, or in the cache of this user."""
+    path = Path(shard).resolve()
+    beside = path.parent / ".index" / f"{path.name}.{kind}"
+    digest = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
+    return beside, SPARE_CACHE.expanduser() / f"{digest}-{path.name}.{kind}"
+
+
+def _load_or_build(file: ShardFile, kind: str, facts: dict[str, Any], build: Callable[[], Built]) -> Columns:
+    identity = {"format": FORMAT, "size": file.size, "tag": file.tag(), **facts}
+    fresh = _find(file.name, kind, identity)
+    if fresh is not None:
+        return fresh
+    arrays, meta = build()
+    beside, spare = _places(file.name, kind)
+    try:
+        write_columns(beside, arrays, {**meta, **identity})
+        return Columns(beside)
+    except OSError:  # a read-only data set
+        write_columns(spare, arrays, {**meta, **identity})
+        return Columns(spare)
+
+
+def _find(shard: str, kind: str, identity: dict[str, Any]) -> Columns | None:
+    """A side file that belongs to exactly this content, or None."""
+    for path in _places(shard, kind):
+        try:
+            columns = Columns(path)
+        except ColumnError:
+            continue
+        if all(columns.meta.get(name) == value for name, value in identity.items()):
+            return columns
+    return None
+
+
+def _is_fresh(shard: str, counting: Counting) -> bool:
+    try:
+        with _opened(shard) as file:
+            identity = {"format": FORMAT, "size": file.size, "tag": file.tag()}
+            if (index := _find(shard, "index", identity)) is None:
+                return False
+            identity["rows"] = ShardIndex(index).fingerprint
+            return _find(shard, f"text-{counting.name}", identity) is not None
+    except ShardError:
+        return False
+
+
+@contextmanager
+def _lock(shard: str, wait: bool) -> Iterator[bool]:
+    """Hold the shard's lock; yields False at once if another has it and `wait` is not set.
+
+    The lock saves work, rename gives safety: where a file system has no locks, both build and write the same bytes.
+    """
+    for path in _places(shard, "lock"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            break
+        except OSError:
+            continue
+    else:
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            yield True
+            return
+        yield True
+    finally:
+        os.close(descriptor)

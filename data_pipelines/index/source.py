@@ -1,0 +1,119 @@
+"""A source of the mixture: its shards in order, each opened through its index when it is needed.
+
+Enters: shard paths and what counts their text. Leaves: samples by (shard number, row), their counts without reading
+them, their records and members by reading. Costs nothing for shards that nobody asks for; open tables are memory maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from data_pipelines.index.build import Counting, load_index, load_text_tokens
+from data_pipelines.index.read import read_member, read_record, with_media
+from data_pipelines.index.samples import ShardIndex
+from data_pipelines.index.table import Array
+from data_pipelines.samples import Media, MediaRef, Record
+from data_pipelines.shards.storage import OpenShards
+
+ReadMember = Callable[[str], bytes]
+MAX_OPEN_TABLES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTable:
+    """One shard's samples: `index`, `text_tokens` int32 [n] (-1: not usable), `problems` of both.
+
+    `truncatable` uint8 [n] is 1 where a text may be shortened at its end to fit a pack.
+    """
+
+    index: ShardIndex
+    text_tokens: Array
+    truncatable: Array
+    problems: tuple[tuple[str, str, str], ...]
+
+
+class SourceIndex:
+    """The samples of one source. `shards` is the sorted list of paths; a sample is (shard number, row).
+
+    It pickles without its open files and maps, so every worker opens its own.
+    """
+
+    def __init__(self, name: str, shards: Sequence[str], counting: Counting) -> None:
+        self.name = name
+        self.shards = tuple(shards)
+        self.counting = counting
+        self._tables: OrderedDict[int, ShardTable] = OrderedDict()
+        self._files = OpenShards()
+
+    def __reduce__(self) -> tuple[type[SourceIndex], tuple[str, tuple[str, ...], Counting]]:
+        return SourceIndex, (self.name, self.shards, self.counting)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Which shards in which order, by file name and size: a data set that was moved stays the same."""
+        shards = [f"{os.path.basename(shard)} {os.path.getsize(shard)}" for shard in self.shards]
+        return hashlib.blake2b("\n".join(shards).encode(), digest_size=8).hexdigest()
+
+    def table(self, shard: int) -> ShardTable:
+        """The columns of one shard, built on first need.
+
+        Raises:
+            ShardError: the shard cannot be read.
+        """
+        table = self._tables.get(shard)
+        if table is None:
+            path = self.shards[shard]
+            index = load_index(path)
+            text = load_text_tokens(path, index, self.counting)
+            listed = [*index.problems, *(tuple(problem) for problem in text.meta["problems"])]
+            table = self._tables[shard] = ShardTable(
+                index, text.arrays["tokens"], text.arrays["truncatable"], tuple(listed)
+            )
+            if len(self._tables) > MAX_OPEN_TABLES:
+                self._tables.popitem(last=False)
+        else:
+            self._tables.move_to_end(shard)
+        return table
+
+    def key(self, shard: int, row: int) -> str:
+        """The key of a sample."""
+        return self.table(shard).index.key(row)
+
+    def media(self, shard: int, row: int) -> tuple[tuple[Media, MediaRef], ...]:
+        """Facts and per-part limits of a sample's media, in document order."""
+        return self.table(shard).index.media(row)
+
+    def read(self, shard: int, row: int) -> tuple[Record, ReadMember]:
+        """A sample's record, with the facts of its media, and a function that reads a media member by name.
+
+        Raises:
+            RecordError, MediaError, ShardError: with the sample's key.
+        """
+        index = self.table(shard).index
+        file = self._files.get(self.shards[shard])
+        key, members = index.key(row), index.members(row)
+        record = with_media(read_record(key, members, file), {media.name: media for media, _ in index.media(row)})
+        return record, lambda name: read_member(key, name, members[name], file)
+
+    def records(self) -> Iterator[tuple[str, Record, tuple[tuple[Media, MediaRef], ...], ReadMember]]:
+        """Every usable sample in shard and tar order: (key, record, media in document order, member reader)."""
+        for shard in range(self.num_shards):
+            table = self.table(shard)
+            for row in range(table.index.num_samples):
+                if table.text_tokens[row] >= 0:
+                    record, reader = self.read(shard, row)
+                    yield record.key, record, table.index.media(row), reader
+
+    def close(self) -> None:
+        """Close the shards and forget the tables; both open again when needed."""
+        self._files.close()
+        self._tables.clear()

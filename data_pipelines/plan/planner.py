@@ -1,0 +1,167 @@
+"""The plan: a numbered, endless sequence of packs, the same on every rank, for every world size and worker count.
+
+Enters: the sources' indices and the seed; never a pixel or a text. Leaves: packs of (source, shard, row), numbered from
+0. Costs a few µs a sample. What it reads decides nothing but lengths, so a pack number means the same samples for ever.
+
+    order (per source) → mixture → lengths → packer → Pack 0, Pack 1, ...
+
+State: a small JSON-able dict: per source the place in its order, per source the samples drawn, the pool's items, and
+the number of the next pack. It grows with the pool and the number of sources, never with the data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines.config import MediaConfig, PlanConfig
+from data_pipelines.errors import ShardError
+from data_pipelines.index.source import SourceIndex
+from data_pipelines.plan.lengths import sample_lengths
+from data_pipelines.plan.mixture import Mixture
+from data_pipelines.plan.order import SourceOrder
+from data_pipelines.plan.packer import Item, PoolPacker
+from data_pipelines.samples import LedgerEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Pack `number`: its samples, what they take together, and what was found unusable while it was planned."""
+
+    number: int
+    items: tuple[Item, ...]
+    num_tokens: int
+    num_patches: int
+    events: tuple[LedgerEvent, ...] = ()
+
+
+class Planner:
+    """Makes packs one after the other. `number` is that of the next pack.
+
+    Raises (from `next_pack` too):
+        ShardError: a source without one usable sample, with the reasons.
+    """
+
+    def __init__(
+        self, sources: Sequence[SourceIndex], weights: Sequence[float], media: MediaConfig, plan: PlanConfig, seed: int
+    ) -> None:
+        self.number = 0
+        self._events: list[LedgerEvent] = []
+        self._weights = list(weights)
+        self._mixture = Mixture(weights)
+        self._packer = PoolPacker(plan.max_tokens, plan.max_patches, plan.pool_size)
+        self._plan = plan
+        self._cursors = [
+            _Cursor(number, source, media, plan, seed, self._events) for number, source in enumerate(sources)
+        ]
+
+    def next_pack(self) -> Pack:
+        """The pack `number`; the number advances."""
+        items = self._packer.next_pack(self._draw)
+        events, self._events[:] = tuple(self._events), []
+        self.number += 1
+        tokens, patches = sum(item.tokens for item in items), sum(item.patches for item in items)
+        return Pack(self.number - 1, tuple(items), tokens, patches, events)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on with the next pack; JSON keeps it exactly."""
+        return {
+            "number": self.number,
+            "drawn": list(self._mixture.drawn),
+            "cursors": [cursor.state_dict() for cursor in self._cursors],
+            "pool": [list(item) for item in self._packer.pool],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken: the same sources, budgets and seed are the caller's to check."""
+        self.number = state["number"]
+        self._mixture = Mixture(self._weights, state["drawn"])
+        for cursor, place in zip(self._cursors, state["cursors"], strict=True):
+            cursor.load_state_dict(place)
+        self._events.clear()
+        pool = [Item(*item) for item in state["pool"]]
+        self._packer = PoolPacker(self._plan.max_tokens, self._plan.max_patches, self._plan.pool_size, pool)
+
+    def _draw(self) -> Item:
+        return self._cursors[self._mixture.draw()].draw()
+
+
+class _Cursor:
+    """A place in one source: the open block and the next sample in it.
+
+    State: where the open block stands in the source's order, and how many of its usable samples were drawn.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        source: SourceIndex,
+        media: MediaConfig,
+        plan: PlanConfig,
+        seed: int,
+        events: list[LedgerEvent],
+    ) -> None:
+        self._number, self._source, self._media, self._plan = number, source, media, plan
+        self._events = events
+        self._order = SourceOrder(
+            seed, source.name, source.num_shards, self._shard_size, plan.block_size, entered=self._report_shards
+        )
+        self._place = self._order.place
+        self._items: list[Item] = []
+        self._next = 0
+
+    def draw(self) -> Item:
+        """The next usable sample of the source."""
+        first_epoch = self._order.place[0]
+        while self._next == len(self._items):
+            self._open_block()
+            if not self._items and self._order.place[0] > first_epoch + 1:
+                raise self._nothing_usable()
+        self._next += 1
+        return self._items[self._next - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": list(self._place), "next": self._next if self._items else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        epoch, window, block = state["place"]
+        self._order.place = (epoch, window, block)
+        self._items, self._next = [], 0
+        if state["next"] is not None:
+            self._open_block()
+            self._next = state["next"]
+            self._events.clear()  # told when the block was opened first
+
+    def _open_block(self) -> None:
+        self._place = self._order.place
+        try:
+            block = self._order.next_block()
+        except ValueError as error:
+            raise self._nothing_usable() from error
+        table = self._source.table(block.shard)
+        tokens, patches, events = sample_lengths(self._source.name, table, block.rows, self._media, self._plan)
+        self._events += events
+        self._items = [
+            Item(self._number, block.shard, row, block.epoch, n, p)
+            for row, n, p in zip(block.rows.tolist(), tokens.tolist(), patches.tolist(), strict=True)
+            if n > 0
+        ]
+        self._next = 0
+
+    def _shard_size(self, shard: int) -> int:
+        return self._source.table(shard).index.num_samples
+
+    def _report_shards(self, shards: Sequence[int]) -> None:
+        """Tell, once an epoch, what the index left out of the shards that come into use."""
+        for shard in shards:
+            for key, reason, message in self._source.table(shard).problems:
+                self._events.append(LedgerEvent(self._source.name, key, reason, message))
+
+    def _nothing_usable(self) -> ShardError:
+        reasons = Counter(event.reason for event in self._events if event.dataset == self._source.name)
+        listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5)) or "the shards are empty"
+        example = next((event.message for event in self._events if event.dataset == self._source.name), "")
+        message = f"source {self._source.name!r} has no usable sample: {listed}. {example}"
+        return ShardError(self._source.name, "empty_source", message.strip())
