@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -143,7 +144,9 @@ class ShardWriter:
         """Drop the open shard."""
         if self._stream is None:
             return
-        self._stream.close()
+        with suppress(OSError):  # closing writes the tar's end; on a full disk that fails, and the file goes anyway
+            self._writer.tarstream.close()
+            self._stream.close()
         Path(self._stream.name).unlink(missing_ok=True)
         self._stream = None
         self._writer.tarstream = None

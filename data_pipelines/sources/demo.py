@@ -37,7 +37,7 @@ from data_pipelines.sources.demo_documents import HELDOUT_TASKS, demo_texts, mak
 from data_pipelines.sources.demo_stencils import Stencils
 
 RECORDS_PER_SHARD = 500
-TOKENIZER_RECORDS = 2_000  # of each training kind
+TOKENIZER_RECORDS = 1_000  # of each training kind
 
 # Shares of the pictures, in records per picture; scenes take the rest. A record of "compare" holds two pictures.
 RECORDS_PER_PICTURE = {"captions": 0.25, "ocr": 0.15, "compare": 0.04, "chat": 0.08}

@@ -6,7 +6,8 @@ Out:  a `Clip` (what happens), its questions, and its bytes: yuv420p, 8 frames p
 Cost: about 5 ms a clip, one thread.
 
 Sampled at 2 frames per second a clip of 2 s gives 4 frames, 2 temporal steps. A moving shape crosses at least 40% of
-the picture, and a second shape appears between 40% and 55% of the clip, so both show in the sampled frames.
+the picture. A second shape appears between 30% and 50% of the clip: not in its first half second, yet in two sampled
+frames at least.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def sample_clip(rng: Random, event: str) -> Clip:
         side = rng.randint(26, min(38, high - low - 2))
         lane = rng.randint(low, high - side)
         moves = event == "move" and (number == 0 or rng.random() < 0.6)
-        first = rng.randint(round(num_frames * 0.4), round(num_frames * 0.55)) if event == "appear" and number else 0
+        first = rng.randint(round(num_frames * 0.3), num_frames // 2) if event == "appear" and number else 0
         begin, end = _sample_path(rng, side_by_side - side, side_by_side, moves)
         start, stop = ((begin, lane), (end, lane)) if horizontal else ((lane, begin), (lane, end))
         names_of_axis = ("left", "right") if horizontal else ("up", "down")
