@@ -86,12 +86,11 @@ def _runs(lengths: Sequence[int]) -> list[Run]:
 def _reference(query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], causal: bool) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for run in runs:
-        stop = run.start + run.count * run.length
+    # split, not slices: its backward joins the gradients once, a slice's fills and adds a whole tensor per segment
+    sizes = [run.count * run.length for run in runs]
+    for run, *parts in zip(runs, *(torch.split(x, sizes) for x in (query, key, value)), strict=True):
         # [n, H, length, d] views: no copy goes into the kernel
-        q, k, v = (
-            x[run.start : stop].view(run.count, run.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)
-        )
+        q, k, v = (part.view(run.count, run.length, *part.shape[1:]).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         outputs.append(mixed.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

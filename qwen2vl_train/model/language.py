@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen2vl_train.model.attention import Segments, attend
 from qwen2vl_train.model.config import TextConfig
+from qwen2vl_train.model.pointwise import rms_norm
 from qwen2vl_train.model.rope import Rotary, rotate, text_rotary
 
 
@@ -38,7 +39,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class TextAttention(nn.Module):

@@ -77,7 +77,7 @@ class Qwen2VL(nn.Module):
     def forward(self, batch: PackedBatch | LogitsRequest) -> LossOutput | Tensor:
         """The loss of a pack; or, for a LogitsRequest, float32 logits [n, V] at its rows."""
         if isinstance(batch, PackedBatch):
-            hidden = self._read(batch, None)[batch.loss_index]
+            hidden = self._read(batch, None).index_select(0, batch.loss_index)
             return linear_cross_entropy(hidden, self._output_weight(), batch.loss_targets)
         if isinstance(batch.inputs, PackedBatch):
             hidden = self._read(batch.inputs, batch.caches)

@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from qwen2vl_train.model.attention import Segments, attend
 from qwen2vl_train.model.config import NUM_CHANNELS, VisionConfig
+from qwen2vl_train.model.pointwise import quick_gelu
 from qwen2vl_train.model.rope import Rotary, rotate, vision_rotary
 
 # CLIP's normalisation, as in the published preprocessor
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 LAYER_NORM_EPS = 1e-6
-QUICK_GELU_SLOPE = 1.702
 
 
 def normalise(patches: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMlp(nn.Module):
-    """Two layers with QuickGELU: x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, which keeps one activation, not two."""
+    """Two layers with QuickGELU between them; [P, W] -> [P, W]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class VisionMlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.silu(self.fc1(x) * QUICK_GELU_SLOPE) / QUICK_GELU_SLOPE)
+        out: Tensor = self.fc2(quick_gelu(self.fc1(x)))
         return out
 
 
@@ -145,14 +145,12 @@ class Patches:
     """What the vision transformer reads of a pack, in its order: still images first, then clips.
 
     image uint8 [P_i, 588], video uint8 [P_v, 1176], positions int [P, 2] (row, column), segments over the P patches.
-    `order` (int64 [P]) rearranges patches so that segments of equal length are neighbours; None keeps the order.
     """
 
     image: Tensor
     video: Tensor
     positions: Tensor
     segments: Segments
-    order: Tensor | None = None
 
 
 class VisionTransformer(nn.Module):
@@ -171,11 +169,7 @@ class VisionTransformer(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains()):
             x = self._transform(patches)
         features: Tensor = self.merger(x)
-        if patches.order is None:
-            return features
-        merged_order = patches.order[:: MERGE_SIZE**2] // MERGE_SIZE**2
-        restored: Tensor = torch.zeros_like(features).index_copy(0, merged_order, features)
-        return restored
+        return features
 
     def _trains(self) -> bool:
         """Whether anything below the merger trains; if not, no activation is kept."""
@@ -183,10 +177,8 @@ class VisionTransformer(nn.Module):
         return any(parameter.requires_grad for module in below for parameter in module.parameters())
 
     def _transform(self, patches: Patches) -> Tensor:
-        x, positions = self.patch_embed(patches.image, patches.video), patches.positions
-        if patches.order is not None:
-            x, positions = x[patches.order], positions[patches.order]
-        rotary = vision_rotary(positions, self.config.rope_theta, self.config.head_dim)
+        x = self.patch_embed(patches.image, patches.video)
+        rotary = vision_rotary(patches.positions, self.config.rope_theta, self.config.head_dim)
         for index, block in enumerate(self.blocks):
             if self.checkpointing and index % self.checkpointing == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, patches.segments, use_reentrant=False)
