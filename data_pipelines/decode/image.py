@@ -131,7 +131,8 @@ def _scale_float(values: NDArray[np.float32], key: str) -> NDArray[np.uint8]:
     if not (low >= 0.0 and high <= 255.0):  # NaN fails too
         raise MediaError(key, "unsupported_pixels", f"float pixels {low}..{high}; expected 0..1 or 0..255")
     factor = 255.0 if high <= 1.0 else 1.0
-    return np.rint(values * factor).astype(np.uint8)
+    scaled: NDArray[np.uint8] = np.rint(values * factor).astype(np.uint8)
+    return scaled
 
 
 def _grey_to_rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data_pipelines.config import MediaConfig, Template
 from data_pipelines.decode.image import decode_image, probe_image
+from data_pipelines.decode.members import media_kind
 from data_pipelines.decode.video import ClipDecoder, probe_video
 from data_pipelines.encode.budget import plan_media
 from data_pipelines.encode.chat import TokenizedText, is_truncatable, tokenize_prompt, tokenize_record
@@ -39,7 +40,6 @@ from data_pipelines.samples import (
 from data_pipelines.tokenizer import SpecialTokens, TextTokenizer
 
 ReadMember = Callable[[str], bytes]
-CLIP_SUFFIXES = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "ivf", "ts", "mpg", "mpeg", "gif", "ogv", "wmv", "flv")
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,11 @@ class SampleEncoder:
         """Facts of every member the record names: given ones, else the record's, else probed from the bytes."""
         facts = dict(record.media)
         facts.update(medias or {})
-        names = {part.name for message in record.messages for part in message.parts if isinstance(part, MediaRef)}
-        for name in sorted(names.difference(facts)):
-            facts[name] = probe_media(read_member(name), name, record.key)
+        for message in record.messages:
+            for part in message.parts:
+                if isinstance(part, MediaRef) and part.name not in facts:
+                    probe = probe_video if (part.kind or media_kind(part.name)) == "video" else probe_image
+                    facts[part.name] = probe(read_member(part.name), part.name, record.key)
         return facts
 
     def _plan(
@@ -206,16 +208,6 @@ class SampleEncoder:
                 f"{media.width} x {media.height}; rebuild the index, or correct the record's media facts",
             )
         return image_to_patches(resize_image(rgb, plan.height, plan.width))
-
-
-def probe_media(data: bytes, name: str, key: str) -> Media:
-    """Facts of a media member by its name: a clip for video suffixes (and .gif), else an image.
-
-    Callers that know the part's type (a GIF in an image part) call `probe_image` or `probe_video` themselves.
-    """
-    if name.rsplit(".", 1)[-1].lower() in CLIP_SUFFIXES:
-        return probe_video(data, name, key)
-    return probe_image(data, name, key)
 
 
 def expand(text: TokenizedText, plans: tuple[MediaPlan, ...], special: SpecialTokens) -> tuple[Tensor, Tensor]:
