@@ -34,14 +34,14 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def load_json(key: str, data: bytes, field: str = "json") -> Any:
+def load_json(key: str, data: bytes, field: str = "json", max_bytes: int | None = MAX_JSON_BYTES) -> Any:
     """Parse UTF-8 JSON (a byte order mark is allowed). NaN, Infinity and excessive nesting are errors.
 
     Raises:
         RecordError: reason "bad_json"; a second encoding is never guessed, because a wrong guess trains on noise.
     """
-    if len(data) > MAX_JSON_BYTES:
-        fail(key, field, f"{len(data)} bytes", f"at most {MAX_JSON_BYTES} bytes", "bad_json")
+    if max_bytes is not None and len(data) > max_bytes:
+        fail(key, field, f"{len(data)} bytes", f"at most {max_bytes} bytes", "bad_json")
     try:
         return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

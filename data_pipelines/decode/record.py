@@ -99,7 +99,7 @@ def _read_messages(
         messages.append(Message(role, parts))
     if messages[-1].role != "assistant":
         fail(key, "messages", messages[-1].role, "the last turn must be the assistant's: nothing to learn", "bad_turns")
-    _check_supervised(key, messages)
+    _check_answers(key, messages)
     used = {part.name for message in messages for part in message.parts if isinstance(part, MediaRef)}
     for name in names:
         if name not in used:
@@ -118,21 +118,19 @@ def _read_role(key: str, field: str, value: object, before: list[Role], turns: i
     return value
 
 
-def _check_supervised(key: str, messages: list[Message]) -> None:
-    """Every answer must hold something to learn: an empty one would teach the model to end at once."""
+def _check_answers(key: str, messages: list[Message]) -> None:
+    """No answer may be empty (it would teach the model to end at once), and at least one must be learnt."""
+    supervised = False
     for i, message in enumerate(messages):
-        if message.role == "assistant" and not any(
-            part.supervised and (isinstance(part, Region) or bool(part.text.strip()))
-            for part in message.parts
-            if not isinstance(part, MediaRef)
-        ):
-            fail(
-                key,
-                f"messages[{i}].content",
-                [type(p).__name__ for p in message.parts],
-                "is an empty answer",
-                "empty_text",
-            )
+        if message.role != "assistant":
+            continue
+        words = [p for p in message.parts if isinstance(p, Region) or (isinstance(p, Text) and p.text.strip())]
+        if not words:
+            kinds = [type(part).__name__ for part in message.parts]
+            fail(key, f"messages[{i}].content", kinds, "is an empty answer", "empty_text")
+        supervised = supervised or any(part.supervised for part in words)
+    if not supervised:
+        fail(key, "messages", len(messages), "no supervised text in any answer: nothing to learn", "not_supervised")
 
 
 def _read_content(

@@ -40,7 +40,7 @@ def expand_short_form(key: str, data: dict[str, Any], names: Sequence[str]) -> t
     task = "caption"
     if "caption" in data:
         caption = text(key, "caption", data["caption"])
-        asked = prompts.VIDEO_CAPTION if media_kind(name) == "video" else prompts.caption(caption)
+        asked = prompts.video_caption(caption) if media_kind(name) == "video" else prompts.caption(caption)
         turns.append((asked, [{"type": "text", "text": caption}]))
         if boxes:
             turns.append(ground(caption, boxes))

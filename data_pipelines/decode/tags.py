@@ -56,19 +56,24 @@ def place_media(
     """Messages whose string contents are split at their tags into text and media parts, media taken in order."""
     left = {kind: list(names) for kind, names in listed.items()}
     tags: dict[MediaKind, int] = {"image": 0, "video": 0}
+    by_parts = any(_is_media(part) for m in messages if isinstance(m.get("content"), list) for part in m["content"])
     placed = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, str):
             content = _split(content, left, tags)
-        elif isinstance(content, list):
+        elif isinstance(content, list) and by_parts:
             content = [_named(part, left, tags) for part in content]
+        elif isinstance(content, list):
+            content = [piece for part in content for piece in _split_part(part, left, tags)]
         placed.append({**message, "content": content})
     for kind in ("image", "video"):
         if tags[kind] and tags[kind] != len(listed[kind]):
             expected = f"the messages hold {tags[kind]} <{kind}> tags"
             fail(key, f"{kind}s", listed[kind], expected, "tag_mismatch")
-    untagged = [{"type": k, k: name} for k in ("image", "video") if not tags[k] for name in listed[k]]
+    untagged: list[dict[str, Any]] = [
+        {"type": k, k: name} for k in ("image", "video") if not tags[k] for name in listed[k]
+    ]
     if untagged:
         first = next((m for m in placed if m.get("role") == "user"), None)
         if first is None:
@@ -94,6 +99,20 @@ def _split(content: str, left: dict[MediaKind, list[str]], tags: dict[MediaKind,
         if left[kind]:
             parts.append({"type": kind, kind: left[kind].pop(0)})
     return parts if len(pieces) > 1 else content
+
+
+def _is_media(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "video")
+
+
+def _split_part(part: object, left: dict[MediaKind, list[str]], tags: dict[MediaKind, int]) -> list[object]:
+    """A text part split at its tags; its marks ("supervised") stay with each piece of text."""
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        return [part]
+    pieces = _split(part["text"], left, tags)
+    if not isinstance(pieces, list):
+        return [part]
+    return [{**part, "text": piece["text"]} if piece["type"] == "text" else piece for piece in pieces]
 
 
 def _named(part: object, left: dict[MediaKind, list[str]], tags: dict[MediaKind, int]) -> object:

@@ -1,0 +1,121 @@
+"""A folder of clips with captions → documents.
+
+Captions come from a table (CSV with a header: a column video, file or path and a column caption or text; or JSON: a
+list of such objects, or {file: caption}), or from NAME.txt beside NAME.mp4. Columns question and answer,
+"captions" (a list) and chats ("messages", "conversations") are read too. Clips of the folder that the table does not
+name are ledger lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.decode.fields import fail, mapping, sequence, text
+from data_pipelines.decode.members import VIDEO_EXTENSIONS, extension
+from data_pipelines.errors import DataError, RecordError
+from data_pipelines.samples import LedgerEvent
+from data_pipelines.sources.chat import chat_item
+from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, Question, problem
+from data_pipelines.sources.json_files import Line, read_json, read_objects
+from data_pipelines.sources.keys import key_of
+from data_pipelines.sources.pictures import resolve_media
+
+HELP = "a folder of clips with captions (CSV, JSON, or a text file beside each clip)"
+
+_FILE_COLUMNS = ("video", "file", "path", "file_name", "filename", "videoid", "video_path")
+_CAPTION_COLUMNS = ("caption", "text", "description", "name")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `import clips`."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the clips")
+    parser.add_argument("--captions", type=Path, metavar="FILE", help="CSV or JSON (default: NAME.txt beside NAME.mp4)")
+
+
+def read(options: argparse.Namespace) -> Entries:
+    """The items that the options name."""
+    yield from read_clips(options.folder, options.captions)
+
+
+def read_clips(folder: Path, captions: Path | None) -> Entries:
+    """One item a clip, in order of the table, or of names without one; every clip is an item or a ledger line."""
+    if not folder.is_dir():
+        raise RecordError(str(folder), "missing_file", "is no folder")
+    rows = _beside(folder) if captions is None else _table(captions)
+    told: set[Path] = set()
+    for number, row in rows:
+        if isinstance(row, LedgerEvent):
+            yield row
+            continue
+        key = f"{number:06d}"
+        try:
+            named = next((row[column] for column in _FILE_COLUMNS if row.get(column)), None)
+            path = resolve_media(named, folder, None, key)
+            key = f"{number:06d}-{key_of(path.stem)}"
+            told.add(path)
+            yield clip_item(key, row, path, folder)
+        except DataError as error:
+            yield problem(key, error.reason, error.message)
+    for path in sorted(folder.rglob("*")):
+        if extension(path.name) in VIDEO_EXTENSIONS and path.resolve() not in told:
+            yield problem(path.name, "no_annotation", "the clip is named in no caption")
+
+
+def clip_item(key: str, row: dict[str, Any], path: Path, folder: Path) -> Item:
+    """The document of one row: its captions, its question and answer, or its chat."""
+    if "messages" in row or "conversations" in row:
+        chat = {"videos": [str(path.relative_to(folder.resolve()))], **row}
+        return chat_item(key, chat, folder, None, "video")
+    listed = row.get("captions")
+    if listed is None:
+        listed = [row[column] for column in _CAPTION_COLUMNS if row.get(column) is not None][:1]
+    told = [text(key, f"captions[{i}]", caption) for i, caption in enumerate(sequence(key, "captions", listed))]
+    questions: tuple[Question, ...] = ()
+    if row.get("question") is not None:
+        questions = (Question(text(key, "question", row["question"]), text(key, "answer", row.get("answer"))),)
+    if not told and not questions:
+        fail(key, "row", sorted(row), "has neither caption nor question", "no_annotation")
+    annotations = Annotations(captions=tuple(told), questions=questions)
+    return Item(key, annotations, (MediaSource(path.name, "video", path),), "video")
+
+
+def _beside(folder: Path) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
+    clips = [path for path in sorted(folder.iterdir()) if extension(path.name) in VIDEO_EXTENSIONS]
+    for number, path in enumerate(clips):
+        try:
+            caption = path.with_suffix(".txt").read_bytes().decode("utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            yield number, problem(path.name, "no_annotation", f"no readable {path.stem}.txt beside it: {error}")
+            continue
+        yield number, {"video": path.name, "caption": caption}
+
+
+def _table(path: Path) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
+    if path.suffix.lower() in (".csv", ".tsv"):
+        try:
+            content = path.read_bytes().decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecordError(str(path), "missing_file", f"cannot be read: {error}") from error
+        rows = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+        for number, row in enumerate(rows):
+            yield number, {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
+        return
+    if path.suffix.lower() == ".json":
+        content = read_json(path)
+        if isinstance(content, dict) and all(isinstance(value, str) for value in content.values()):
+            for number, (name, caption) in enumerate(content.items()):
+                yield number, {"video": name, "caption": caption}
+            return
+    for number, line in enumerate(read_objects(path)):
+        if isinstance(line, Line):
+            try:
+                yield number, mapping(f"{path.name}:{number + 1}", "row", line.value)
+            except RecordError as error:
+                yield number, problem(error.key, error.reason, error.message)
+        else:
+            yield number, line

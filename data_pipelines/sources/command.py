@@ -1,0 +1,155 @@
+"""`qwen2vl-data import SOURCE ... --out DIR`: a public format → shards, manifest and ledger."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from data_pipelines.sources import (
+    chat,
+    classes,
+    clips,
+    coco,
+    manifest,
+    ocr,
+    records,
+    text,
+    vqa,
+    webdataset_tars,
+)
+from data_pipelines.sources.importer import LEDGER_NAME, ImportReport, ImportSettings, run_import
+
+SOURCES: dict[str, ModuleType] = {
+    "coco": coco,
+    "chat": chat,
+    "ocr": ocr,
+    "clips": clips,
+    "text": text,
+    "vqa": vqa,
+    "classes": classes,
+    "webdataset": webdataset_tars,
+    "records": records,
+    "manifest": manifest,
+}
+_COMMON = ("command", "source", "run", "out", "name", "processes", "overwrite", "max_records", "max_bytes")
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `import` with one sub-command per source."""
+    parser = commands.add_parser(
+        "import",
+        help="turn a public format into shards",
+        description="Turn a public format into webdataset shards, with a manifest and a ledger of what was left out.",
+        epilog="`qwen2vl-data import SOURCE --help` tells what a source reads. Example: qwen2vl-data import coco "
+        "--images val2017 --captions captions_val2017.json --instances instances_val2017.json --out shards/coco",
+    )
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    common = _common_options()
+    for name, module in SOURCES.items():
+        child = sources.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[common],
+        )
+        module.add_arguments(child)
+        child.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one import; 0 if any sample was written, 1 if the source held none that is usable."""
+    console = Console(stderr=True)
+    settings = _settings(options)
+    entries = SOURCES[options.source].read(options)
+    with _progress(console, settings.name) as advance:
+        report = run_import(entries, settings, advance)
+    _print_report(report, settings)
+    if report.records == 0:
+        console.print(f"no usable sample: see {settings.out / LEDGER_NAME}")
+    return 0 if report.records else 1
+
+
+def _common_options() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    group = common.add_argument_group("output")
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards, one per import")
+    group.add_argument("--name", metavar="NAME", help="prefix of the shards (default: the source)")
+    group.add_argument(
+        "--max-records", type=_positive, default=1000, metavar="N", help="samples per shard (default: 1000)"
+    )
+    group.add_argument(
+        "--max-bytes", type=_positive, default=512 << 20, metavar="B", help="media bytes per shard (default: 512 MiB)"
+    )
+    group.add_argument(
+        "--processes", type=_positive, default=1, metavar="N", help=f"worker processes (this machine: {os.cpu_count()})"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace a finished import in the folder")
+    return common
+
+
+def _positive(words: str) -> int:
+    value = int(words)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _settings(options: argparse.Namespace) -> ImportSettings:
+    given: dict[str, Any] = {
+        name: [str(entry) for entry in value]
+        if isinstance(value, list)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+        for name, value in sorted(vars(options).items())
+        if name not in _COMMON
+    }
+    return ImportSettings(
+        out=options.out,
+        name=options.name or options.source,
+        source=options.source,
+        options=given,
+        max_records=options.max_records,
+        max_bytes=options.max_bytes,
+        processes=options.processes,
+        overwrite=options.overwrite,
+    )
+
+
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} items/s" if task.speed else "")
+
+
+@contextmanager
+def _progress(console: Console, name: str) -> Iterator[Callable[[int], None]]:
+    """Progress on the terminal; nothing where the output is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done: progress.advance(task, done)
+
+
+def _print_report(report: ImportReport, settings: ImportSettings) -> None:
+    table = Table(title=f"{settings.name}: {settings.out}", title_justify="left", show_header=False)
+    table.add_row("items read", f"{report.items:,}")
+    table.add_row("samples written", f"{report.records:,} ({', '.join(f'{k} {v:,}' for k, v in report.tasks.items())})")
+    table.add_row("media stored", f"{report.media:,}")
+    table.add_row("shards", f"{report.shards:,}, {report.bytes / 1e6:,.1f} MB")
+    told = ", ".join(f"{reason} {count:,}" for reason, count in report.reasons.items()) or "nothing"
+    table.add_row(f"left out ({LEDGER_NAME})", told)
+    Console().print(table)

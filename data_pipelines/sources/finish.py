@@ -1,0 +1,169 @@
+"""Item → what a shard stores: media opened and upright, coordinates placed, messages composed, record validated.
+
+Enters: an `Item`. Leaves: record JSON, media bytes by member name, and ledger events for every annotation that was
+left out. An item that cannot be used raises; nothing of it is replaced by a guess. Costs about 0.2 ms a picture plus
+the reading of its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data_pipelines.decode.record import parse_record
+from data_pipelines.decode.regions import TOLERANCE_PIXELS
+from data_pipelines.errors import DataError, RecordError
+from data_pipelines.samples import LedgerEvent
+from data_pipelines.sources.compose import compose
+from data_pipelines.sources.item import Annotations, Box, Grounded, Item, Labelled, TextLine, problem
+from data_pipelines.sources.pictures import Picture, open_media, place
+
+GRID = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One sample, ready to be written; `events` tell what of its annotations was left out."""
+
+    key: str
+    record: dict[str, Any]
+    media: dict[str, bytes]
+    events: list[LedgerEvent]
+
+
+def finish(item: Item) -> Finished:
+    """Make the sample of `item`.
+
+    Raises:
+        MediaError, RecordError: where a medium or the record as a whole is unusable; "no_annotation" where there is
+            nothing to learn.
+    """
+    pictures = [open_media(source, item.key) for source in item.media]
+    names = [f"{i}.{picture.extension}" for i, picture in enumerate(pictures)]
+    events: list[LedgerEvent] = []
+    annotations = item.annotations
+    if pictures and pictures[0].width:
+        annotations = _Placing(item, pictures[0], events).place(annotations)
+    messages, task = compose(annotations, list(zip(names, (s.kind for s in item.media), strict=True)), item.task)
+    if not messages:
+        raise RecordError(item.key, "no_annotation", "nothing to learn: no caption, box, text, question or answer")
+    messages = [_pixels_of_grid(message, dict(zip(names, pictures, strict=True))) for message in messages]
+    record = {"task": task, "messages": messages, **item.extra}
+    media = {name: facts for name, picture in zip(names, pictures, strict=True) if (facts := picture.facts(name))}
+    if media:
+        record["media"] = media
+    _validate(item.key, record, names)
+    return Finished(item.key, record, {n: p.data for n, p in zip(names, pictures, strict=True)}, events)
+
+
+def _validate(key: str, record: dict[str, Any], names: list[str]) -> None:
+    """Read the record back as a trainer will: what it would refuse never reaches a shard."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except ValueError as error:  # NaN, or a lone surrogate (UnicodeEncodeError is one)
+        raise RecordError(key, "bad_text", f"cannot be written as UTF-8 JSON: {error}") from error
+    parse_record(key, {"json": text, **dict.fromkeys(names)})
+
+
+class _Placing:
+    """Moves one item's coordinates onto its stored picture and leaves out, with an event, what does not lie on it."""
+
+    def __init__(self, item: Item, picture: Picture, events: list[LedgerEvent]) -> None:
+        self._item = item
+        self._picture = picture
+        self._events = events
+
+    def place(self, annotations: Annotations) -> Annotations:
+        spans = []
+        for grounded in annotations.grounded:
+            placed = [(start, stop, self._boxes("grounded", boxes)) for start, stop, boxes in grounded.spans]
+            spans.append(Grounded(grounded.caption, tuple(span for span in placed if span[2])))
+        return replace(
+            annotations,
+            grounded=tuple(spans),
+            objects=self._labelled("objects", annotations.objects),
+            referring=self._labelled("referring", annotations.referring),
+            regions=self._labelled("regions", annotations.regions),
+            lines=self._lines(annotations.lines),
+        )
+
+    def _labelled(self, field: str, listed: tuple[Labelled, ...]) -> tuple[Labelled, ...]:
+        kept = []
+        for i, labelled in enumerate(listed):
+            boxes = self._boxes(f"{field}[{i}]", labelled.boxes)
+            # A phrase that means several things must keep them all: one box fewer would be a wrong answer.
+            if boxes and (field != "referring" or len(boxes) == len(labelled.boxes)):
+                kept.append(replace(labelled, boxes=boxes))
+        return tuple(kept)
+
+    def _lines(self, lines: tuple[TextLine, ...]) -> tuple[TextLine, ...]:
+        kept = []
+        for i, line in enumerate(lines):
+            if line.text is not None and not line.text.strip():
+                self._leave_out("empty_text", f"lines[{i}]", line.text)
+                continue
+            quad = self._fit(f"lines[{i}].quad", line.quad)
+            if quad is not None:
+                kept.append(replace(line, quad=quad))
+        return tuple(kept)
+
+    def _boxes(self, field: str, boxes: tuple[Box, ...]) -> tuple[Box, ...]:
+        fitted = (self._fit(f"{field}.boxes[{i}]", box) for i, box in enumerate(boxes))
+        return tuple(box for box in fitted if box is not None)
+
+    def _fit(self, field: str, points: Box) -> Box | None:
+        """The coordinates on the stored picture, at most a pixel outside moved to its border; None: left out."""
+        placed = place(self._picture, points, self._item.media[0], self._item.key)
+        width, height = self._picture.width, self._picture.height
+        right, bottom = width + TOLERANCE_PIXELS, height + TOLERANCE_PIXELS
+        inside = all(-TOLERANCE_PIXELS <= x <= right for x in placed[0::2]) and all(
+            -TOLERANCE_PIXELS <= y <= bottom for y in placed[1::2]
+        )
+        if not inside:  # NaN and infinity compare false and land here
+            self._leave_out("bad_box", field, f"{points} outside {width} x {height} pixels")
+            return None
+        limits = (float(width), float(height))
+        moved = tuple(min(max(0.0, value), limits[i % 2]) for i, value in enumerate(placed))
+        empty = (
+            moved[2] <= moved[0] or moved[3] <= moved[1]
+            if len(moved) == 4
+            else max(moved[0::2]) <= min(moved[0::2]) or max(moved[1::2]) <= min(moved[1::2])
+        )
+        if empty:
+            self._leave_out("bad_box", field, f"{points} has no area, or its corners are reversed")
+            return None
+        return moved
+
+    def _leave_out(self, reason: str, field: str, what: str) -> None:
+        self._events.append(problem(self._item.key, reason, f"{field} left out: {what}"))
+
+
+def _pixels_of_grid(message: dict[str, Any], pictures: dict[str, Picture]) -> dict[str, Any]:
+    """Regions written on the 0..1000 grid (marked "grid") as pixels: the middle of the cell, which is read back."""
+    content = message["content"]
+    if not isinstance(content, list) or not any("grid" in part for part in content):
+        return message
+    parts = []
+    for part in content:
+        if part.pop("grid", False):
+            only = next(iter(pictures.values()))
+            size = (only.width, only.height)
+            for field in ("boxes", "quads"):
+                if field in part:
+                    part[field] = [[_cell(v, size[i % 2]) for i, v in enumerate(points)] for points in part[field]]
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _cell(value: float, size: int) -> float:
+    return (min(value, GRID - 1) + 0.5) / GRID * size
+
+
+def attempt(item: Item) -> tuple[Finished | None, list[LedgerEvent]]:
+    """`finish`, with an unusable item as its ledger line."""
+    try:
+        finished = finish(item)
+    except DataError as error:
+        return None, [problem(item.key, error.reason, error.message)]
+    return finished, finished.events

@@ -1,0 +1,290 @@
+"""Items → shards, a manifest and a ledger: what every `qwen2vl-data import` does after its source has been read.
+
+Enters: a stream of items and problems. Leaves in the output folder: `NAME-00000.tar` ..., `manifest.json` (source,
+settings, counts, and records, bytes and SHA-256 of each shard) and `ledger.jsonl` (one line for everything that was
+left out). Items are cut into shards by number and size before any medium is opened, so a shard depends on its items
+alone: the same input gives the same bytes for any number of processes. An import that was interrupted continues: shards
+that were finished, from the same items, are not made again. Costs the reading of the media once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import DataError
+from data_pipelines.samples import LedgerEvent
+from data_pipelines.shards.writer import MANIFEST_NAME, ShardWriter, write_manifest
+from data_pipelines.sources.finish import attempt
+from data_pipelines.sources.item import Item, problem
+from data_pipelines.sources.pictures import media_bytes
+
+LEDGER_NAME = "ledger.jsonl"
+PROGRESS_FOLDER = ".import"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSettings:
+    """Where shards go and how they are cut. `source` and `options` are only written to the manifest."""
+
+    out: Path
+    name: str
+    source: str
+    options: Mapping[str, Any]
+    max_records: int = 1000
+    max_bytes: int = 512 << 20
+    processes: int = 1
+    overwrite: bool = False
+
+
+@dataclass(slots=True)
+class ShardResult:
+    """One group of items after its work: `file` None where no item of it could be used."""
+
+    file: str | None
+    items: int
+    records: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    media: int = 0
+    tasks: dict[str, int] = field(default_factory=dict)
+    events: list[LedgerEvent] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """Totals of an import. `items` counts what the source held, usable or not."""
+
+    items: int
+    records: int
+    media: int
+    shards: int
+    bytes: int
+    tasks: dict[str, int]
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    number: int
+    items: tuple[Item, ...]
+
+
+def run_import(
+    entries: Iterable[Item | LedgerEvent], settings: ImportSettings, advance: Callable[[int], None]
+) -> ImportReport:
+    """Write the shards of all `entries`; `advance` is called with the number of items done since the last call.
+
+    Raises:
+        ValueError: the folder holds other shards, or a finished import and `overwrite` is off.
+    """
+    done = _prepare(settings)
+    events: list[LedgerEvent] = []
+    results = []
+    for result in _results(_groups(_only_items(entries, events), settings), settings, done):
+        results.append(result)
+        advance(result.items)
+    _remove_stale(settings, done, results)
+    events += [event for result in results for event in result.events]
+    events = [replace(event, dataset=settings.name) for event in events]
+    report = _report(results, events)
+    _write_ledger(settings.out / LEDGER_NAME, events)
+    write_manifest(settings.out / MANIFEST_NAME, _manifest(settings, results, report))
+    _remove_folder(settings.out / PROGRESS_FOLDER)
+    return report
+
+
+def _prepare(settings: ImportSettings) -> dict[int, dict[str, Any]]:
+    """Make the folder ready; returns the finished groups of an interrupted run by number."""
+    out = settings.out
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / MANIFEST_NAME).exists():
+        if not settings.overwrite:
+            raise ValueError(f"{out} holds a finished import: choose another --out, or replace it with --overwrite")
+        _remove_old(out)
+    done: dict[int, dict[str, Any]] = {}
+    for path in sorted((out / PROGRESS_FOLDER).glob("*.json")):
+        done[int(path.stem)] = json.loads(path.read_text(encoding="utf-8"))
+    known = {entry["result"]["file"] for entry in done.values()}
+    others = sorted(path.name for path in out.glob("*.tar") if path.name not in known)
+    if others and not (out / PROGRESS_FOLDER).exists():
+        raise ValueError(f"{out} holds other shards ({others[0]}, ...): choose another --out")
+    (out / PROGRESS_FOLDER).mkdir(exist_ok=True)
+    return done
+
+
+def _remove_old(out: Path) -> None:
+    """Remove exactly the shards that the folder's manifest lists, and the manifest."""
+    manifest = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))
+    for shard in manifest.get("shards", ()):
+        name = shard.get("path")
+        if isinstance(name, str) and "/" not in name and name.endswith(".tar"):
+            (out / name).unlink(missing_ok=True)
+    (out / MANIFEST_NAME).unlink()
+
+
+def _only_items(entries: Iterable[Item | LedgerEvent], events: list[LedgerEvent]) -> Iterator[Item]:
+    for entry in entries:
+        if isinstance(entry, Item):
+            yield entry
+        else:
+            events.append(entry)
+
+
+def _groups(items: Iterator[Item], settings: ImportSettings) -> Iterator[_Group]:
+    """Cut the items into shards of at most `max_records` items and about `max_bytes` bytes of media."""
+    number, held, size = 0, list[Item](), 0
+    for item in items:
+        weight = sum(media_bytes(source) for source in item.media)
+        if held and (len(held) >= settings.max_records or size + weight > settings.max_bytes):
+            yield _Group(number, tuple(held))
+            number, held, size = number + 1, [], 0
+        held.append(item)
+        size += weight
+    if held:
+        yield _Group(number, tuple(held))
+
+
+def _results(
+    groups: Iterator[_Group], settings: ImportSettings, done: Mapping[int, dict[str, Any]]
+) -> Iterator[ShardResult]:
+    """The groups' results in order, made here or in worker processes."""
+    if settings.processes <= 1:
+        for group in groups:
+            yield _import_group(group, settings, done.get(group.number))
+        return
+    # "spawn": the progress display runs a thread, and a forked copy of its lock could stay locked for ever.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(settings.processes, mp_context=context) as pool:
+        waiting: deque[Future[ShardResult]] = deque()
+        for group in groups:
+            waiting.append(pool.submit(_import_group, group, settings, done.get(group.number)))
+            if len(waiting) >= 2 * settings.processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _import_group(group: _Group, settings: ImportSettings, before: dict[str, Any] | None) -> ShardResult:
+    digest = _digest(group, settings)
+    if before is not None and before["digest"] == digest:
+        kept = before["result"]
+        if kept["file"] is None or (settings.out / kept["file"]).is_file():
+            return ShardResult(**{**kept, "events": [LedgerEvent(**event) for event in kept["events"]]})
+    result = _write_group(group, settings)
+    aside = settings.out / PROGRESS_FOLDER / f"{group.number}.json"
+    write_manifest(aside, {"digest": digest, "result": asdict(result)})
+    return result
+
+
+def _write_group(group: _Group, settings: ImportSettings) -> ShardResult:
+    result = ShardResult(None, len(group.items))
+    tasks: Counter[str] = Counter()
+    # One shard a group: the limits that cut groups are not to cut again here.
+    writer = ShardWriter(
+        settings.out,
+        settings.name,
+        max_records=len(group.items) + 1,
+        max_bytes=1 << 50,
+        first_shard=group.number,
+        manifest=None,
+    )
+    with writer:
+        for item in group.items:
+            finished, events = attempt(item)
+            result.events += events
+            if finished is not None:
+                try:
+                    writer.write(finished.key, finished.record, finished.media)
+                except DataError as error:  # a key that came twice, or one that a tar cannot hold
+                    result.events.append(problem(finished.key, error.reason, error.message))
+                    continue
+                result.records += 1
+                result.media += len(finished.media)
+                tasks[finished.record["task"]] += 1
+    result.tasks = dict(sorted(tasks.items()))
+    for shard in writer.shards:
+        result.file, result.bytes = shard.path, shard.bytes
+        with open(settings.out / shard.path, "rb") as file:
+            result.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
+
+
+def _digest(group: _Group, settings: ImportSettings) -> str:
+    """What a shard is made from: its items, the state of their files, and what is done to them."""
+    digest = hashlib.sha256(settings.name.encode())
+    for item in group.items:
+        digest.update(repr((item.key, item.task, item.annotations, item.extra)).encode("utf-8", "surrogatepass"))
+        for source in item.media:
+            state: object = None
+            if source.data is not None:
+                state = hashlib.sha256(source.data).hexdigest()
+            elif source.path is not None and source.path.exists():
+                facts = source.path.stat()
+                state = (facts.st_size, facts.st_mtime_ns)
+            described = (source.name, source.kind, str(source.path), source.offset, source.length, source.size, state)
+            digest.update(repr(described).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _remove_stale(settings: ImportSettings, done: Mapping[int, dict[str, Any]], results: list[ShardResult]) -> None:
+    """Shards that an interrupted import of other data left behind do not belong to this one."""
+    ours = {result.file for result in results}
+    for entry in done.values():
+        name = entry["result"]["file"]
+        if name is not None and name not in ours:
+            (settings.out / name).unlink(missing_ok=True)
+
+
+def _report(results: list[ShardResult], events: list[LedgerEvent]) -> ImportReport:
+    tasks: Counter[str] = Counter()
+    for result in results:
+        tasks.update(result.tasks)
+    unread = len(events) - sum(len(result.events) for result in results)
+    return ImportReport(
+        items=sum(result.items for result in results) + unread,
+        records=sum(result.records for result in results),
+        media=sum(result.media for result in results),
+        shards=sum(result.file is not None for result in results),
+        bytes=sum(result.bytes for result in results),
+        tasks=dict(sorted(tasks.items())),
+        reasons=dict(sorted(Counter(event.reason for event in events).items())),
+    )
+
+
+def _manifest(settings: ImportSettings, results: list[ShardResult], report: ImportReport) -> dict[str, Any]:
+    return {
+        "name": settings.name,
+        "source": settings.source,
+        "settings": {
+            **settings.options,
+            "max_records": settings.max_records,
+            "max_bytes": settings.max_bytes,
+        },
+        **asdict(report),
+        "shards": [
+            {"path": r.file, "records": r.records, "bytes": r.bytes, "sha256": r.sha256}
+            for r in results
+            if r.file is not None
+        ],
+    }
+
+
+def _write_ledger(path: Path, events: list[LedgerEvent]) -> None:
+    lines = "".join(json.dumps(asdict(event), ensure_ascii=True) + "\n" for event in events)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(lines, encoding="ascii")
+    aside.replace(path)
+
+
+def _remove_folder(folder: Path) -> None:
+    for path in folder.glob("*.json"):
+        path.unlink()
+    folder.rmdir()

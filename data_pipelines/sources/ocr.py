@@ -1,0 +1,161 @@
+"""OCR pages → documents: lines of text with their quads.
+
+Read forms:
+
+- JSON or JSON lines, one object a picture: {"image": "a.jpg", "lines": [{"text": "TOTAL", "quad": [8 numbers]}]}; also
+  "box" (4 numbers) for "quad", and WildReceipt's {"file_name", "annotations": [{"box": [8 numbers], "text"}]}.
+- a folder of pictures with one text file each (SROIE, ICDAR 2015): lines `x1,y1,x2,y2,x3,y3,x4,y4,text`, named
+  NAME.txt, NAME.csv, NAME.box.csv or gt_NAME.txt, beside the picture or in --labels. `###` marks unreadable text.
+  NAME.key.json beside it (SROIE's key values) becomes a question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.decode.fields import fail, mapping, sequence, text
+from data_pipelines.decode.members import media_kind
+from data_pipelines.errors import DataError, RecordError
+from data_pipelines.sources.coco import declared_size
+from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, TextLine, problem
+from data_pipelines.sources.json_files import Line, read_json, read_objects
+from data_pipelines.sources.keys import key_of
+from data_pipelines.sources.pictures import resolve_media
+from data_pipelines.sources.quads import clockwise, read_corners
+
+HELP = "OCR pages: JSON manifests (text + quads), or folders as of SROIE and ICDAR 2015"
+UNREADABLE = "###"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `import ocr`."""
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="PATH", help="manifests, or folders of pictures")
+    parser.add_argument(
+        "--labels", type=Path, metavar="DIR", help="folder of the text files (default: beside pictures)"
+    )
+    parser.add_argument("--media-root", type=Path, metavar="DIR", help="pictures of manifests lie under here")
+
+
+def read(options: argparse.Namespace) -> Entries:
+    """The items that the options name."""
+    for number, path in enumerate(options.inputs):
+        prefix = key_of(path.stem) if len(options.inputs) == 1 else f"{number}-{key_of(path.stem)}"
+        if path.is_dir():
+            yield from read_folder(path, options.labels or path, prefix)
+        else:
+            yield from read_manifest(path, options.media_root or path.parent, prefix)
+
+
+def read_manifest(path: Path, media_root: Path, prefix: str) -> Entries:
+    """One item for every object of a JSON or JSON-lines manifest."""
+    for line in read_objects(path):
+        if not isinstance(line, Line):
+            yield line
+            continue
+        key = f"{prefix}/{line.number:06d}"
+        try:
+            entry = mapping(key, "page", line.value)
+            named = next((entry[field] for field in ("image", "file_name", "img", "file") if field in entry), None)
+            image = resolve_media(named, media_root, path.parent, key)
+            media = (MediaSource(image.name, "image", image, size=declared_size(entry)),)
+            yield Item(key, page_annotations(key, entry), media, "ocr")
+        except DataError as error:
+            yield problem(key, error.reason, error.message)
+
+
+def page_annotations(key: str, entry: dict[str, Any]) -> Annotations:
+    """Lines, transcription and key values of one page object.
+
+    Raises:
+        RecordError: no "lines", "annotations" or "text", or one that is not of the documented form.
+    """
+    listed = entry.get("lines", entry.get("annotations", entry.get("words")))
+    words = entry.get("text")
+    if listed is None and words is None:
+        fail(key, "page", sorted(entry), 'needs "lines" or "text"', "no_annotation")
+    lines = []
+    for i, value in enumerate(sequence(key, "lines", listed if listed is not None else [])):
+        line = mapping(key, f"lines[{i}]", value)
+        corners = next((line[field] for field in ("quad", "box", "polygon", "points", "bbox") if field in line), None)
+        said = line.get("text", line.get("transcription"))
+        if said == UNREADABLE or line.get("ignore"):
+            continue
+        said = None if said is None else text(key, f"lines[{i}].text", said, empty=True)
+        lines.append(TextLine(said, read_corners(key, f"lines[{i}].quad", corners)))
+    values = mapping(key, "key_values", entry.get("key_values") or {})
+    fields = tuple((name, value) for name, value in values.items() if isinstance(value, str) and value.strip())
+    return Annotations(
+        lines=tuple(lines),
+        words=None if words is None else text(key, "text", words),
+        fields=fields,
+    )
+
+
+def read_folder(images: Path, labels: Path, prefix: str) -> Entries:
+    """One item for every picture of a folder, in order of their names; a picture without text file is a ledger line."""
+    if not images.is_dir():
+        raise RecordError(str(images), "missing_file", "is no folder")
+    for path in sorted(images.iterdir()):
+        if media_kind(path.name) != "image" or not path.is_file():
+            continue
+        key = f"{prefix}/{key_of(path.stem)}"
+        try:
+            image = resolve_media(path.name, images, None, key)
+            label = _label_file(path.stem, labels)
+            if label is None:
+                raise RecordError(key, "no_annotation", f"no text file for {path.name} in {labels.name}")
+            annotations = Annotations(lines=read_quad_lines(key, label), fields=_key_values(key, labels, path.stem))
+            yield Item(key, annotations, (MediaSource(path.name, "image", image),), "ocr")
+        except DataError as error:
+            yield problem(key, error.reason, error.message)
+
+
+def read_quad_lines(key: str, path: Path) -> tuple[TextLine, ...]:
+    """The lines `x1,y1,...,x4,y4,text` of a text file; the text may hold commas, `###` is left out.
+
+    Raises:
+        RecordError: not UTF-8, or a line without 8 leading numbers.
+    """
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(key, "bad_text", f"{path.name}: {error}") from error
+    lines = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        pieces = line.rstrip("\r").split(",", 8)
+        try:
+            quad = tuple(float(piece) for piece in pieces[:8])
+        except ValueError:
+            quad = ()
+        if len(quad) != 8:
+            fail(key, f"{path.name}:{number}", line, "needs x1,y1,x2,y2,x3,y3,x4,y4,text", "bad_box")
+        said = _unquoted(pieces[8]) if len(pieces) == 9 else None
+        if said != UNREADABLE:
+            lines.append(TextLine(said, clockwise(quad)))
+    return tuple(lines)
+
+
+def _unquoted(field: str) -> str:
+    """A text field that was written as CSV ("a ""b"", c") as text; other quotes belong to the text."""
+    if len(field) >= 2 and field.startswith('"') and field.endswith('"'):
+        return next(csv.reader(io.StringIO(field)), [field])[0]
+    return field
+
+
+def _label_file(stem: str, folder: Path) -> Path | None:
+    names = (f"{stem}.txt", f"{stem}.csv", f"{stem}.box.csv", f"gt_{stem}.txt")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _key_values(key: str, folder: Path, stem: str) -> tuple[tuple[str, str], ...]:
+    path = folder / f"{stem}.key.json"
+    if not path.is_file():
+        return ()
+    values = mapping(key, path.name, read_json(path))
+    return tuple((name, value) for name, value in values.items() if isinstance(value, str) and value.strip())
