@@ -49,9 +49,9 @@ class TensorSource(Protocol):
 class InitialValues:
     """Random initial values, each a function of (seed, name) alone: the same for any world size, order or device.
 
-    Weights are normal with standard deviation `std` (None: the configuration's `initializer_range`; published sizes use
-    0.02, width 128 learns about five times faster with 0.06: the rule 0.02 * sqrt(1280 / width) fits both). Biases are
-    0, norms 1. `residual_scaling` divides the matrices that write into the residual stream by sqrt(2 x depth), as GPT-2.
+    Weights are normal with standard deviation `std` (None: the configuration's `initializer_range`; published sizes
+    use 0.02, width 128 learns about five times faster with 0.06: 0.02 * sqrt(1280 / width) fits both). Biases are
+    0, norms 1. `residual_scaling` divides the matrices that write into the residual stream by sqrt(2 x depth).
     """
 
     def __init__(self, model: Qwen2VL, seed: int, std: float | None = None, residual_scaling: bool = False) -> None:
