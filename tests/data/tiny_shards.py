@@ -12,27 +12,29 @@ from data_pipelines.shards.writer import ShardWriter
 from data_pipelines.sources.bpe import train_bpe
 from data_pipelines.tokenizer import TextTokenizer
 
-WORDS = [
-    "a",
-    "red",
-    "dog",
-    "sits",
-    "on",
-    "the",
-    "green",
-    "hill",
-    "while",
-    "two",
-    "birds",
-    "fly",
-    "over",
-    "water",
-    "and",
-    "one",
-    "small",
-    "cat",
-    "sleeps",
-]
+WORDS = tuple(
+    [
+        "a",
+        "red",
+        "dog",
+        "sits",
+        "on",
+        "the",
+        "green",
+        "hill",
+        "while",
+        "two",
+        "birds",
+        "fly",
+        "over",
+        "water",
+        "and",
+        "one",
+        "small",
+        "cat",
+        "sleeps",
+    ]
+)
 
 
 @dataclass(frozen=True)

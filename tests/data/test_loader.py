@@ -1,0 +1,206 @@
+"""The whole data way: the same packs for every world and worker count, exact resume, failures that stay small."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines.errors import ShardError
+from data_pipelines.ledger import Ledger
+from data_pipelines.loader import PackLoader
+from data_pipelines.shards.writer import ShardWriter
+
+STEPS, PACKS = 5, 4
+
+
+def fingerprint(batch):
+    """Every field of a batch, tensors by content."""
+    parts = []
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            value = (str(value.dtype), tuple(value.shape), hashlib.sha1(value.numpy().tobytes()).hexdigest())
+        parts.append((field.name, value))
+    return parts
+
+
+def loader(tiny, world=1, rank=0, seed=0, packs=PACKS, **kwargs):
+    return PackLoader(tiny.config(**kwargs), tiny.tokenizer, packs, rank, world, seed)
+
+
+def run(tiny, steps, state=None, packs=PACKS, **kwargs):
+    """Batches of `steps` steps, and the state after them."""
+    instance = loader(tiny, packs=packs, **kwargs)
+    if state is not None:
+        instance.load_state_dict(json.loads(json.dumps(state)))
+    iterator = iter(instance)
+    found = [[fingerprint(batch) for batch in next(iterator)] for _ in range(steps)]
+    instance.close()
+    return found, instance.state_dict()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    return run(tiny, STEPS)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_packs_of_a_step_do_not_depend_on_world_and_workers(tiny, reference, world, workers):
+    ranks = [run(tiny, STEPS, world=world, rank=rank, workers=workers)[0] for rank in range(world)]
+    for step in range(STEPS):
+        # slot m of rank r is pack m * world + r of the step
+        assert [ranks[p % world][step][p // world] for p in range(PACKS)] == reference[step]
+
+
+def test_packs_are_numbered_in_plan_order(reference):
+    numbers = [dict(batch)["number"] for step in reference for batch in step]
+    assert numbers == list(range(STEPS * PACKS))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_stops_anywhere_continues_bitwise(tiny, workers):
+    expected = [batch for step in run(tiny, 12)[0] for batch in step]
+    rng = np.random.default_rng(workers)
+    done, state, found = 0, None, []
+    while done < 12:
+        steps = int(rng.integers(1, 5))
+        world = int(rng.choice([1, 2, 4]))
+        parts = [run(tiny, steps, state, world=world, rank=rank, workers=workers) for rank in range(world)]
+        assert all(part[1] == parts[0][1] for part in parts)
+        found += [parts[p % world][0][step][p // world] for step in range(steps) for p in range(PACKS)]
+        done, state = done + steps, parts[0][1]
+    assert found[: len(expected)] == expected
+
+
+def test_the_number_of_packs_a_step_may_change_on_resume(tiny):
+    expected = [batch for step in run(tiny, 6)[0] for batch in step]
+    first, state = run(tiny, 2)
+    rest = run(tiny, 2, state, packs=8)[0]
+    assert [batch for step in first + rest for batch in step] == expected
+
+
+def test_prefetched_packs_do_not_count_as_done(tiny):
+    instance = loader(tiny, workers=2)
+    iterator = iter(instance)
+    next(iterator)
+    assert instance.state_dict()["plan"]["number"] == PACKS
+    instance.close()
+
+
+def test_iterating_again_goes_on_after_the_last_step_handed_out(tiny, reference):
+    instance = loader(tiny, workers=1)
+    found = [[fingerprint(batch) for batch in next(iter(instance))] for _ in range(3)]
+    instance.close()
+    assert found == reference[:3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed: was 0, is 1"),
+        ({"max_tokens": 256}, "plan: was .*max_tokens=192.* is .*max_tokens=256"),
+        ({"pictures": 1.0, "texts": 1.0}, "source pictures: was"),
+        ({"texts": 1.0}, "source pictures: was .*, is None"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_by_name(tiny, change, message):
+    state = loader(tiny).state_dict()
+    with pytest.raises(ValueError, match=message):
+        loader(tiny, **change).load_state_dict(state)
+
+
+def test_a_world_that_does_not_divide_the_step_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"packs_per_step=4 is not a multiple of the world size 3: .*packs_per_step=6"):
+        loader(tiny, world=3)
+
+
+@pytest.fixture
+def damaged(tiny, tmp_path):
+    """Pictures of which one does not decode and one lies about its size; what was lost is found by its key."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path, "d") as writer:
+        for number in range(6):
+            path = tmp_path / "x.png"
+            Image.fromarray(rng.integers(0, 255, (60, 60, 3), dtype=np.uint8)).save(path)
+            data = path.read_bytes()
+            data = data[: len(data) // 2] if number == 2 else data
+            side = 90 if number == 4 else 60
+            writer.write(
+                f"d{number}", {"caption": "a dog", "media": {"0.png": {"width": side, "height": side}}}, {"0.png": data}
+            )
+    config = tiny.config(workers=1, pictures=1.0)
+    source = replace(config.sources["pictures"], shards=(f"{tmp_path}/d-*.tar",))
+    return replace(config, sources={"damaged": source})
+
+
+def test_failing_samples_leave_their_packs_and_are_counted(tiny, damaged, tmp_path):
+    instance = PackLoader(damaged, tiny.tokenizer, 2, 0, 1, seed=0)
+    ledger = Ledger(tmp_path / "run" / "ledger.jsonl")
+    steps = [step for step, _ in zip(instance, range(6), strict=False)]
+    instance.close()
+    for step in steps:
+        ledger.add(step)
+    keys = {key for step in steps for batch in step for key in batch.keys}
+    assert keys == {"d0", "d1", "d3", "d5"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert {(line["dataset"], line["key"]) for line in lines} == {("damaged", "d2"), ("damaged", "d4")}
+    assert {line["reason"] for line in lines if line["key"] == "d4"} == {"size_mismatch"}
+    assert ledger.lost("damaged") == len(lines)
+    assert ledger.error_rates(["damaged"])["damaged"] == pytest.approx(1 / 3, abs=0.12)
+
+
+def test_a_pack_that_lost_everything_is_a_legal_batch(tiny, damaged):
+    alone = replace(damaged, plan=replace(damaged.plan, max_tokens=40, pool_size=1))
+    instance = PackLoader(alone, tiny.tokenizer, 6, 0, 1, seed=0)
+    step = next(iter(instance))
+    instance.close()
+    empty = [batch for batch in step if not batch.keys]
+    assert len(empty) == 2
+    assert all(batch.num_tokens == 1 and batch.num_supervised == 0 and batch.dummy_vision for batch in empty)
+
+
+def test_packs_are_full(tiny):
+    config = tiny.config(max_tokens=2048, pool=64, workers=0)
+    instance = PackLoader(config, tiny.tokenizer, 4, 0, 1, seed=0)
+    iterator = iter(instance)
+    batches = [batch for _ in range(4) for batch in next(iterator)]
+    instance.close()
+    assert sum(batch.num_tokens for batch in batches) / (16 * 2048) > 0.99
+
+
+def test_an_absent_source_is_an_error_with_its_pattern(tiny):
+    with pytest.raises(ShardError, match="no shard matches"):
+        PackLoader(tiny.config(absent=1.0), tiny.tokenizer, 1, 0, 1, 0)
+
+
+def children(process):
+    listed = f"/proc/{process}/task/{process}/children"
+    return [int(child) for child in open(listed).read().split()] if os.path.exists(listed) else []
+
+
+def load_and_wait(tiny):
+    iterator = iter(loader(tiny, workers=2))
+    next(iterator)
+    time.sleep(60)
+
+
+def test_a_terminated_process_takes_its_workers_along(tiny):
+    parent = multiprocessing.get_context("fork").Process(target=load_and_wait, args=(tiny,))
+    parent.start()
+    deadline = time.monotonic() + 20
+    while len(workers := children(parent.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2
+    parent.terminate()
+    parent.join(20)
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)

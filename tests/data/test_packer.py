@@ -1,0 +1,81 @@
+"""The pool packer against packs made by hand, and its bounds on random lengths."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from data_pipelines.plan.packer import Item, PoolPacker
+
+
+def items(lengths, patches=None):
+    patches = patches or [0] * len(lengths)
+    return [Item(0, 0, row, 0, n, p) for row, (n, p) in enumerate(zip(lengths, patches, strict=True))]
+
+
+def packs(lengths, count, patches=None, max_tokens=10, max_patches=100, pool=3):
+    source = itertools.cycle(items(lengths, patches))
+    packer = PoolPacker(max_tokens, max_patches, pool)
+    return [[item.tokens for item in packer.next_pack(lambda: next(source))] for _ in range(count)]
+
+
+def test_the_oldest_begins_and_the_longest_that_fits_follows():
+    # pool 4 7 3; pack 1: oldest 4, in comes 6: pool 7 3 6, best fit in 6 left is 6, in comes 5: pool 7 3 5, none left.
+    # pack 2: oldest 7, in comes 2: pool 3 5 2, best fit in 3 left is 3, in comes 8: pool 5 2 8.
+    # pack 3: oldest 5, in comes 1: pool 2 8 1, best fit in 5 left is 2, in comes 9: pool 8 1 9, best fit in 3 is 1.
+    assert packs([4, 7, 3, 6, 5, 2, 8, 1], 2) == [[4, 6], [7, 3]]
+    assert packs([4, 7, 3, 6, 5, 2, 8, 1, 9, 9], 3)[2] == [5, 2, 1]
+
+
+def test_the_patch_budget_binds_too():
+    # 6 fits the tokens left beside 4 but not the 10 - 8 = 2 patches left; 3 does
+    assert packs([4, 6, 3, 9, 9, 9], 1, patches=[8, 3, 2, 0, 0, 0], max_patches=10) == [[4, 3]]
+
+
+def test_a_full_sample_makes_a_pack_of_its_own():
+    assert packs([10, 10, 10], 3) == [[10], [10], [10]]
+
+
+def test_no_item_waits_longer_than_the_pool():
+    rng = np.random.default_rng(0)
+    drawn = []
+
+    def draw():
+        drawn.append(Item(0, 0, len(drawn), 0, int(rng.integers(1, 1000)), 0))
+        return drawn[-1]
+
+    packer, seen = PoolPacker(1000, 10**6, 16), {}
+    for number in range(400):
+        arrived = len(drawn)
+        pack = packer.next_pack(draw)
+        assert pack[0].row == min(set(range(arrived)) - set(seen), default=pack[0].row)
+        seen.update({item.row: number for item in pack})
+        assert sum(item.tokens for item in pack) <= 1000
+    waiting = [item.row for item in packer.pool]
+    assert sorted([*seen, *waiting]) == list(range(len(drawn)))
+
+
+def test_a_pool_that_is_put_back_packs_the_same():
+    rng = np.random.default_rng(1)
+    source = items(rng.integers(1, 400, 3000).tolist(), rng.integers(0, 400, 3000).tolist())
+    one, place = PoolPacker(1000, 900, 32), iter(source)
+    for _ in range(50):
+        one.next_pack(lambda: next(place))
+    rest = list(place)
+    two = PoolPacker(1000, 900, 32, one.pool)
+    first, second = iter(rest), iter(rest)
+    for _ in range(50):
+        assert one.next_pack(lambda: next(first)) == two.next_pack(lambda: next(second))
+
+
+@pytest.mark.parametrize(("median", "pool"), [(300, 64), (600, 256)])
+def test_packs_of_many_short_samples_are_full(median, pool):
+    rng = np.random.default_rng(2)
+    packer = PoolPacker(16384, 10**9, pool)
+
+    def draw():
+        return Item(0, 0, 0, 0, int(np.clip(rng.lognormal(np.log(median), 0.8), 8, 16384)), 0)
+
+    fills = [sum(item.tokens for item in packer.next_pack(draw)) / 16384 for _ in range(300)]
+    assert np.mean(fills) > 0.995
+    assert np.mean(np.array(fills) < 0.98) < 0.005

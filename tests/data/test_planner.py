@@ -1,0 +1,179 @@
+"""The plan: every sample once an epoch, shares by weight, exact continuation, clear ends for bad sources."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_pipelines.errors import ShardError
+from data_pipelines.loader import open_sources
+from data_pipelines.plan.mixture import Mixture
+from data_pipelines.plan.order import SourceOrder, permutation
+from data_pipelines.plan.planner import Planner
+from data_pipelines.shards.writer import ShardWriter
+
+
+def planner(tiny, seed=0, **kwargs):
+    config = tiny.config(**kwargs)
+    weights = [source.weight for source in config.sources.values()]
+    return Planner(open_sources(config, tiny.tokenizer), weights, config.media, config.plan, seed)
+
+
+def splitmix64(state):
+    mask = (1 << 64) - 1
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_permutations_sort_the_published_hash():
+    assert splitmix64(1234567) == 6457827717110365317  # the generator's published test value
+    key = (1 << 64) - 3
+    hashes = [splitmix64(key + number * 0x9E3779B97F4A7C15) for number in range(100)]
+    assert permutation(100, key).tolist() == sorted(range(100), key=hashes.__getitem__)
+
+
+def test_permutations_are_spread_evenly():
+    # position of element 0 among 8, over 4,000 keys: 500 each, standard deviation about 21
+    places = Counter(int(np.flatnonzero(permutation(8, key) == 0)[0]) for key in range(4000))
+    assert all(abs(places[place] - 500) < 100 for place in range(8))
+
+
+def draw_epochs(order, samples):
+    drawn = []
+    while len(drawn) < samples:
+        block = order.next_block()
+        drawn += [(block.epoch, block.shard, int(row)) for row in block.rows]
+    return drawn
+
+
+def test_each_epoch_gives_every_sample_once_in_another_order():
+    sizes = [5, 0, 12, 3, 7]
+    drawn = draw_epochs(SourceOrder(0, "s", 5, sizes.__getitem__, block_size=4, window_shards=2), 81)
+    expected = {(shard, row) for shard, size in enumerate(sizes) for row in range(size)}
+    epochs = [[entry[1:] for entry in drawn if entry[0] == epoch] for epoch in range(3)]
+    assert [len(epoch) for epoch in epochs] == [27, 27, 27]
+    assert all(set(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_an_order_goes_on_from_any_place():
+    def make():
+        return SourceOrder(3, "s", 5, [5, 0, 12, 3, 7].__getitem__, block_size=4, window_shards=2)
+
+    order = make()
+    for _ in range(25):
+        other = make()
+        other.place = order.place
+        expected, found = order.next_block(), other.next_block()
+        assert (expected.epoch, expected.shard) == (found.epoch, found.shard)
+        assert expected.rows.tolist() == found.rows.tolist()
+
+
+def test_an_order_asks_only_for_shards_that_come_near():
+    asked = set()
+
+    def size(shard):
+        asked.add(shard)
+        return 1000
+
+    order = SourceOrder(0, "s", 100_000, size, block_size=1000, window_shards=8)
+    for _ in range(16):
+        order.next_block()
+    assert len(asked) == 16
+
+
+def test_an_order_of_empty_shards_ends():
+    with pytest.raises(ValueError, match="source 's' has no samples in its 3 shards"):
+        SourceOrder(0, "s", 3, lambda shard: 0, block_size=4).next_block()
+
+
+def test_shares_follow_the_weights_to_within_a_sample():
+    # shares 1/2, 1/3, 1/6; due times 1 3 5 7 9 ..., 1.5 4.5 7.5 ..., 3 9 ...
+    mixture = Mixture([3, 2, 1])
+    assert [mixture.draw() for _ in range(6)] == [0, 1, 0, 2, 1, 0]
+    for _ in range(5994):
+        mixture.draw()
+    assert mixture.drawn == [3000, 2000, 1000]
+
+
+def test_a_source_without_weight_is_never_drawn():
+    mixture = Mixture([0, 1])
+    assert {mixture.draw() for _ in range(20)} == {1}
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, float("nan")], [float("inf")]])
+def test_impossible_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="weights"):
+        Mixture(weights)
+
+
+def test_every_sample_is_planned_once_an_epoch(tiny):
+    plan = planner(tiny, pictures=1.0)
+    seen, packs = Counter(), 0
+    while min(plan.state_dict()["drawn"]) < 80:
+        pack = plan.next_pack()
+        assert pack.number == packs
+        assert pack.num_tokens == sum(item.tokens for item in pack.items) <= 192
+        seen.update((item.epoch, item.shard, item.row) for item in pack.items)
+        packs += 1
+    waiting = [tuple(item) for item in plan.state_dict()["pool"]]
+    seen.update((epoch, shard, row) for _, shard, row, epoch, _, _ in waiting)
+    assert max(seen.values()) == 1
+    assert [sum(epoch == e for epoch, _, _ in seen) for e in range(4)] == [20] * 4
+
+
+def test_a_plan_goes_on_from_any_pack(tiny):
+    rng = np.random.default_rng(0)
+    one = planner(tiny)
+    for _ in range(12):
+        for _ in range(int(rng.integers(0, 9))):
+            one.next_pack()
+        two = planner(tiny)
+        two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+        assert [two.next_pack() for _ in range(6)] == [one.next_pack() for _ in range(6)]
+
+
+def test_another_seed_makes_another_plan(tiny):
+    first, second = planner(tiny, seed=0), planner(tiny, seed=1)
+    assert [first.next_pack().items for _ in range(5)] != [second.next_pack().items for _ in range(5)]
+
+
+def test_the_state_is_small(tiny):
+    plan = planner(tiny, pool=1024)
+    plan.next_pack()
+    assert len(json.dumps(plan.state_dict())) < 65536
+
+
+def test_samples_that_never_fit_are_reported_and_left_out(tiny):
+    # text of 60 words has more than 40 tokens: records that are texts alone are shortened, captions are not
+    plan = planner(tiny, max_tokens=24, pictures=1.0)
+    with pytest.raises(ShardError, match=r"source 'pictures' has no usable sample: too_long \(\d+\)"):
+        [plan.next_pack() for _ in range(100)]
+
+
+def test_a_source_without_usable_samples_is_named_with_the_reason(tiny, tmp_path):
+    with ShardWriter(tmp_path, "broken") as writer:
+        writer.write("k", {"messages": []}, {})
+    config = tiny.config(pictures=1.0)
+    source = replace(config.sources["pictures"], shards=(f"{tmp_path}/broken-*.tar",))
+    sources = open_sources(replace(config, sources={"broken": source}), tiny.tokenizer)
+    with pytest.raises(ShardError, match=r"source 'broken' has no usable sample: no_messages \(\d\)"):
+        Planner(sources, [1.0], config.media, config.plan, 0).next_pack()
+
+
+def test_what_the_index_left_out_is_told_once_an_epoch(tiny, tmp_path):
+    with ShardWriter(tmp_path, "mixed") as writer:
+        writer.write("bad", {"messages": []}, {})
+        for number in range(3):
+            writer.write(f"good{number}", {"text": "a red dog"}, {})
+    config = tiny.config(pool=1, pictures=1.0)
+    source = replace(config.sources["pictures"], shards=(f"{tmp_path}/mixed-*.tar",))
+    sources = open_sources(replace(config, sources={"mixed": source}), tiny.tokenizer)
+    plan = Planner(sources, [1.0], config.media, replace(config.plan, max_tokens=4), 0)
+    events = [event for _ in range(9) for event in plan.next_pack().events]
+    assert {(event.dataset, event.key, event.reason) for event in events} == {("mixed", "bad", "no_messages")}
+    assert len(events) == 4  # 9 packs of one sample and one in the pool: epochs 0, 1, 2 and 3
