@@ -12,29 +12,8 @@ from data_pipelines.shards.writer import ShardWriter
 from data_pipelines.sources.bpe import train_bpe
 from data_pipelines.tokenizer import TextTokenizer
 
-WORDS = tuple(
-    [
-        "a",
-        "red",
-        "dog",
-        "sits",
-        "on",
-        "the",
-        "green",
-        "hill",
-        "while",
-        "two",
-        "birds",
-        "fly",
-        "over",
-        "water",
-        "and",
-        "one",
-        "small",
-        "cat",
-        "sleeps",
-    ]
-)
+SENTENCE = "a red dog sits on the green hill while two birds fly over water and one small cat sleeps"
+WORDS = SENTENCE.split()
 
 
 @dataclass(frozen=True)
