@@ -4,4 +4,5 @@ import sys
 
 from qwen2vl_train.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # worker processes that are spawned import this module again
+    sys.exit(main())

@@ -24,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError, FileNotFoundError) as error:
         if os.environ.get("QWEN2VL_DEBUG"):
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):  # a configuration is wrong on all ranks alike
+            where = f" (rank {rank})" if "WORLD_SIZE" in os.environ else ""
+            print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
         return 2
     return code
 

@@ -133,6 +133,7 @@ class DemoData:
 
     num_pictures: int = 20000
     num_clips: int = 4000
+    num_texts: int = 10000
     num_heldout: int = 200
     vocab_size: int = 2048
 

@@ -25,7 +25,8 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.report import write_report
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.monitor import Monitor
-from qwen2vl_train.training.trainer import Progress, Trainer
+from qwen2vl_train.training.trainer import Trainer
+from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
 
 
@@ -66,6 +67,7 @@ def prepare_data(run: RunConfig, world: World, monitor: Monitor) -> None:
                 Path(run.data.root),
                 num_pictures=demo.num_pictures,
                 num_clips=demo.num_clips,
+                num_texts=demo.num_texts,
                 num_heldout=demo.num_heldout,
                 vocab_size=demo.vocab_size,
                 seed=run.seed,
@@ -191,11 +193,13 @@ def _write_result(run: RunConfig, name: str, progress: Progress, report: Report)
             "supervised_tokens": progress.supervised,
             "loss_first": progress.loss_first,
             "loss_last": progress.loss_last,
-            "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+            "tokens_per_s": progress.tokens_per_s,
             "fill": progress.fill,
             "seconds": progress.seconds,
             "data_wait_share": progress.wait_s / max(progress.seconds, 1e-9),
-            "skipped": progress.skipped,
+            "skipped": progress.lost,
+            "changed": progress.changed,
+            "documents": progress.documents,
             "held_out": report.metrics,
             "majority": report.baseline,
             "export": str((folder / "export").resolve()),

@@ -10,17 +10,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data_pipelines.decode.video import read_clip
 from PIL import Image
 
 from data_pipelines.config import DataConfig
 from data_pipelines.decode.image import decode_image
+from data_pipelines.decode.video import read_clip
 from data_pipelines.encode.boxes import parse_boxes
 from data_pipelines.encode.chat import tokenize_prompt
 from data_pipelines.encode.sample import SampleEncoder
@@ -28,6 +27,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.index.build import Counting
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.samples import Encoded, Media, Record
+from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import EvaluationConfig
 from qwen2vl_train.evaluation.metrics import constant_baseline, metric_of
@@ -108,9 +108,7 @@ def _score_task(
     model: Qwen2VL, encoder: SampleEncoder, task: str, shards: str, config: EvaluationConfig, world: World
 ) -> list[Answer]:
     """This rank's share of one task (every world-th record), generated in batches."""
-    paths = sorted(glob(shards))
-    if not paths:
-        raise FileNotFoundError(f"data.heldout.{task}={shards} matches no file; correct the path or drop the task")
+    paths = expand_shards(f"data.heldout.{task}", (shards,))
     source = SourceIndex(task, paths, Counting(encoder.tokenizer, encoder.template))
     questions = []
     for _, record, media, read in islice(source.records(), world.rank, config.max_samples, world.size):

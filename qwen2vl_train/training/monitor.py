@@ -111,7 +111,7 @@ class Monitor:
         """Finish the wandb run and the progress bar."""
         self.stop_progress()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
             self._wandb = None
 
 

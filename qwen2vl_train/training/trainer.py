@@ -6,18 +6,14 @@ stage's figures. The loop is `Trainer.fit`; everything it calls per step is in `
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
-
-from data_pipelines.samples import PackedBatch
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig, StageConfig
 from qwen2vl_train.export import export_model
@@ -31,31 +27,12 @@ from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.optim import parameter_groups
 from qwen2vl_train.training.schedule import rate_factor
 from qwen2vl_train.training.step import LossTotals, train_step
+from qwen2vl_train.training.window import Progress, Window
 from qwen2vl_train.training.world import World
 
 
-@dataclass
-class Progress:
-    """What a stage has done so far; saved with each checkpoint.
-
-    `fill` is tokens / (packs * max_tokens); `seconds` is training time with data wait, without evaluation.
-    """
-
-    step: int = 0
-    packs: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    vision_tokens: int = 0
-    capacity: int = 0
-    seconds: float = 0.0
-    wait_s: float = 0.0
-    loss_first: float = float("nan")
-    loss_last: float = float("nan")
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def fill(self) -> float:
-        return self.tokens / max(1, self.capacity)
+class ErrorBudgetError(ValueError):
+    """A dataset lost more samples than its configuration allows."""
 
 
 class Trainer:
@@ -98,7 +75,7 @@ class Trainer:
         progress = self._resume(store, engine, loader)
         ledger = Ledger(self._folder / f"ledger-rank{self._world.rank}.jsonl")
         totals = LossTotals(len(loader.dataset_names), self._world.device)
-        window = _Window()
+        window = Window(loader.dataset_names)
         engine.train()
         self._monitor.start_progress(f"{self._name:>10}", stage.steps, progress.step)
         packs_of_steps = iter(loader)
@@ -154,29 +131,16 @@ class Trainer:
         self._monitor.console.print(f"  resumed from {path} after step {progress.step}", highlight=False)
         return progress
 
-    def _log(self, engine: Engine, loader: PackLoader, totals: LossTotals, window: _Window, progress: Progress) -> None:
-        """Fold the window into `progress` and report it. Collective: losses, counts and skips are summed over ranks."""
+    def _log(self, engine: Engine, loader: PackLoader, totals: LossTotals, window: Window, progress: Progress) -> None:
+        """Fold the window into `progress` and report it. Collective: losses and counts are summed over ranks."""
         sums, counts = totals.read(self._world)
-        parts = self._world.gather(window)
-        packs, tokens, vision, capacity = (
-            sum(getattr(part, name) for part in parts) for name in ("packs", "tokens", "vision_tokens", "capacity")
-        )
+        windows = self._world.gather(window)
         seconds = window.seconds()
         loss = sum(sums) / max(1.0, sum(counts))
-        skipped = Counter(progress.skipped)
-        for part in parts:
-            skipped.update(part.skipped)
-        progress.skipped = dict(skipped)
-        progress.packs += packs
-        progress.tokens += tokens
-        progress.supervised += int(sum(counts))
-        progress.vision_tokens += vision
-        progress.capacity += capacity
-        progress.seconds += seconds
-        progress.wait_s += window.wait_s
-        progress.loss_last = loss
-        if progress.loss_first != progress.loss_first:
-            progress.loss_first = loss
+        progress.fold(windows, seconds, window.wait_s, int(sum(counts)), loss)
+        tokens, vision, capacity = (
+            sum(getattr(part, name) for part in windows) for name in ("tokens", "vision_tokens", "capacity")
+        )
         metrics: dict[str, Any] = {
             "loss": loss,
             "gradient_norm": engine.gradient_norm(),
@@ -187,43 +151,30 @@ class Trainer:
             "data_wait_share": window.wait_s / seconds,
             "fill": tokens / max(1, capacity),
             "vision_share": vision / max(1, tokens),
-            "skipped": sum(skipped.values()),
+            "skipped": sum(progress.lost.values()),
         }
         metrics |= {f"lr/{name}": rate for name, rate in engine.rates().items()}
         named = zip(loader.dataset_names, sums, counts, strict=True)
         metrics |= {f"loss/{name}": total / count for name, total, count in named if count}
+        metrics |= {f"documents/{name}": count for name, count in progress.documents.items()}
+        metrics |= {f"skipped/{name}": count for name, count in progress.lost.items()}
         self._monitor.log(self._name, progress.step, metrics)
         self._monitor.advance(progress.step, f"loss {loss:.3f}  {tokens / seconds:,.0f} tok/s")
+        self._check_losses_of_samples(progress)
         window.reset()
 
+    def _check_losses_of_samples(self, progress: Progress) -> None:
+        """Stop when a dataset loses more of its samples than its `max_error_rate` (from 100 samples on).
 
-class _Window:
-    """Counts of this rank since the last log, and the clock of the step."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.steps = self.packs = self.tokens = self.vision_tokens = self.capacity = 0
-        self.wait_s = 0.0
-        self.skipped: Counter[str] = Counter()
-        self._start = time.perf_counter()
-
-    def timed_next(self, source: Any) -> list[PackedBatch]:
-        """The next step's packs; the time spent waiting for them is counted."""
-        start = time.perf_counter()
-        packs: list[PackedBatch] = next(source)
-        self.wait_s += time.perf_counter() - start
-        return packs
-
-    def count(self, packs: Sequence[PackedBatch]) -> None:
-        self.steps += 1
-        for pack in packs:
-            self.packs += 1
-            self.tokens += pack.num_tokens
-            self.vision_tokens += int(pack.vision_index.shape[0])
-            self.capacity += pack.max_tokens
-            self.skipped.update(event.reason for event in pack.events)
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
+        Every rank holds the same counts here, so all stop together.
+        """
+        for name, source in self._stage.data.sources.items():
+            lost = sum(count for label, count in progress.lost.items() if label.rpartition("/")[0] == name)
+            seen = lost + progress.documents.get(name, 0)
+            if seen >= 100 and lost > source.max_error_rate * seen:
+                reasons = ", ".join(f"{label}: {count}" for label, count in sorted(progress.lost.items()))
+                raise ErrorBudgetError(
+                    f"dataset {name} lost {lost} of {seen} samples, over its max_error_rate {source.max_error_rate} "
+                    f"({reasons}); {self._folder}/ledger-rank*.jsonl names each one. Repair or drop them, or raise "
+                    f"mixture.{self._name}.{name}.max_error_rate"
+                )

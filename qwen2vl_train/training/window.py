@@ -1,0 +1,102 @@
+"""Counts of a rank between two logs, and a stage's totals that they are folded into.
+
+Enters: packs as they are trained. Leaves: `Window` (sent to every rank at a log) and `Progress` (saved with the
+checkpoints).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from data_pipelines.ledger import LOSSLESS
+from data_pipelines.samples import PackedBatch
+
+
+@dataclass
+class Progress:
+    """What a stage has done so far, over all ranks; saved with each checkpoint.
+
+    `capacity` is packs * max_tokens, so fill = tokens / capacity. `seconds` is training time with data wait
+    (`wait_s` of it), without evaluation. `documents` counts by dataset, `lost` and `changed` by "dataset/reason".
+    """
+
+    step: int = 0
+    packs: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    vision_tokens: int = 0
+    capacity: int = 0
+    seconds: float = 0.0
+    wait_s: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    documents: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fill(self) -> float:
+        return self.tokens / max(1, self.capacity)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def fold(self, windows: Sequence[Window], seconds: float, wait_s: float, supervised: int, loss: float) -> None:
+        """Add every rank's window; `seconds` and `wait_s` are this rank's clock."""
+        for window in windows:
+            self.packs += window.packs
+            self.tokens += window.tokens
+            self.vision_tokens += window.vision_tokens
+            self.capacity += window.capacity
+            for name in ("documents", "lost", "changed"):
+                setattr(self, name, dict(Counter(getattr(self, name)) + getattr(window, name)))
+        self.supervised += supervised
+        self.seconds += seconds
+        self.wait_s += wait_s
+        self.loss_first = loss if self.loss_first is None else self.loss_first
+        self.loss_last = loss
+
+
+class Window:
+    """One rank's counts since the last log, and its clock."""
+
+    def __init__(self, dataset_names: Sequence[str]) -> None:
+        self._names = tuple(dataset_names)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new window now."""
+        self.steps = self.packs = self.tokens = self.vision_tokens = self.capacity = 0
+        self.wait_s = 0.0
+        self.documents: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
+        self._start = time.perf_counter()
+
+    def timed_next(self, source: Iterator[list[PackedBatch]]) -> list[PackedBatch]:
+        """The next step's packs; the time spent waiting for them is counted."""
+        start = time.perf_counter()
+        packs = next(source)
+        self.wait_s += time.perf_counter() - start
+        return packs
+
+    def count(self, packs: Sequence[PackedBatch]) -> None:
+        """Count one step's packs of this rank."""
+        self.steps += 1
+        for pack in packs:
+            self.packs += 1
+            self.tokens += pack.num_tokens
+            self.vision_tokens += int(pack.vision_index.shape[0])
+            self.capacity += pack.max_tokens
+            self.documents.update(self._names[dataset] for dataset in pack.datasets)
+            for event in pack.events:
+                counter = self.changed if event.reason in LOSSLESS else self.lost
+                counter[f"{event.dataset}/{event.reason}"] += 1
+
+    def seconds(self) -> float:
+        """Since the last reset."""
+        return time.perf_counter() - self._start
