@@ -108,9 +108,21 @@ def chat_item(key: str, data: dict[str, Any], root: Path, beside: Path | None, t
                 places[named] = len(sources)
                 sources.append(MediaSource(part[kind], kind, resolve_media(part[kind], root, beside, key)))
             part[kind] = str(places[named])
+    _number_regions(key, messages, places)
     if len(sources) == 1 and sources[0].kind == "image":
         messages = split_grid_tags(messages)
     return Item(key, Annotations(messages=tuple(trim(messages))), tuple(sources), task)
+
+
+def _number_regions(key: str, messages: Sequence[dict[str, Any]], places: dict[tuple[str, str], int]) -> None:
+    """Regions name their picture as its media part does; they get its number, too."""
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] == "region" and "image" in part:
+                named = next((place for (_, name), place in places.items() if name == part["image"]), None)
+                if named is None:
+                    fail(key, "region.image", part["image"], "names no picture of this chat", "no_media")
+                part["image"] = str(named)
 
 
 def read_turns(key: str, data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -184,6 +196,8 @@ def _named_parts(key: str, i: int, message: dict[str, Any]) -> dict[str, Any]:
             words = part.get("text", part.get("value"))
             known = {"type": "text", "text": text(key, f"{field}.text", words, empty=True)}
             parts.append({**known, **({"supervised": part["supervised"]} if "supervised" in part else {})})
+        elif kind == "region":
+            parts.append(dict(part))
         elif isinstance(kind, str) and kind in _MEDIA_TYPES:
             parts.append(_media_part(key, field, _MEDIA_TYPES[kind], part))
         else:

@@ -61,7 +61,7 @@ def read_clips(folder: Path, captions: Path | None) -> Entries:
             yield clip_item(key, row, path, folder)
         except DataError as error:
             yield problem(key, error.reason, error.message)
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*")) if captions is not None else ():
         if extension(path.name) in VIDEO_EXTENSIONS and path.resolve() not in told:
             yield problem(path.name, "no_annotation", "the clip is named in no caption")
 
@@ -69,7 +69,8 @@ def read_clips(folder: Path, captions: Path | None) -> Entries:
 def clip_item(key: str, row: dict[str, Any], path: Path, folder: Path) -> Item:
     """The document of one row: its captions, its question and answer, or its chat."""
     if "messages" in row or "conversations" in row:
-        chat = {"videos": [str(path.relative_to(folder.resolve()))], **row}
+        chat = {name: value for name, value in row.items() if name not in _FILE_COLUMNS}
+        chat["videos"] = [str(path.relative_to(folder.resolve()))]
         return chat_item(key, chat, folder, None, "video")
     listed = row.get("captions")
     if listed is None:

@@ -13,10 +13,11 @@ from typing import Any
 
 from data_pipelines.decode.record import parse_record
 from data_pipelines.decode.regions import TOLERANCE_PIXELS
+from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.sources.compose import compose
-from data_pipelines.sources.item import Annotations, Box, Grounded, Item, Labelled, TextLine, problem
+from data_pipelines.sources.item import Annotations, Box, Grounded, Item, Labelled, MediaSource, TextLine, problem
 from data_pipelines.sources.pictures import Picture, open_media, place
 
 GRID = 1000
@@ -32,27 +33,27 @@ class Finished:
     events: list[LedgerEvent]
 
 
-def finish(item: Item) -> Finished:
-    """Make the sample of `item`.
+def finish(item: Item, clips: ClipDecoder) -> Finished:
+    """Make the sample of `item`; `clips` probes its clips.
 
     Raises:
         MediaError, RecordError: where a medium or the record as a whole is unusable; "no_annotation" where there is
             nothing to learn.
     """
-    pictures = [open_media(source, item.key) for source in item.media]
+    pictures = [open_media(source, item.key, clips) for source in item.media]
     names = [f"{i}.{picture.extension}" for i, picture in enumerate(pictures)]
     events: list[LedgerEvent] = []
     annotations = item.annotations
-    if pictures and pictures[0].width:
+    if pictures:
         annotations = _Placing(item, pictures[0], events).place(annotations)
+        told = tuple(_place_regions(message, item, pictures) for message in annotations.messages)
+        annotations = replace(annotations, messages=told)
     messages, task = compose(annotations, list(zip(names, (s.kind for s in item.media), strict=True)), item.task)
     if not messages:
         raise RecordError(item.key, "no_annotation", "nothing to learn: no caption, box, text, question or answer")
-    messages = [_pixels_of_grid(message, dict(zip(names, pictures, strict=True))) for message in messages]
     record = {"task": task, "messages": messages, **item.extra}
-    media = {name: facts for name, picture in zip(names, pictures, strict=True) if (facts := picture.facts(name))}
-    if media:
-        record["media"] = media
+    if pictures:
+        record["media"] = {name: picture.facts() for name, picture in zip(names, pictures, strict=True)}
     _validate(item.key, record, names)
     return Finished(item.key, record, {n: p.data for n, p in zip(names, pictures, strict=True)}, events)
 
@@ -115,7 +116,7 @@ class _Placing:
     def _fit(self, field: str, points: Box) -> Box | None:
         """The coordinates on the stored picture, at most a pixel outside moved to its border; None: left out."""
         placed = place(self._picture, points, self._item.media[0], self._item.key)
-        width, height = self._picture.width, self._picture.height
+        width, height = self._picture.size
         right, bottom = width + TOLERANCE_PIXELS, height + TOLERANCE_PIXELS
         inside = all(-TOLERANCE_PIXELS <= x <= right for x in placed[0::2]) and all(
             -TOLERANCE_PIXELS <= y <= bottom for y in placed[1::2]
@@ -139,31 +140,45 @@ class _Placing:
         self._events.append(problem(self._item.key, reason, f"{field} left out: {what}"))
 
 
-def _pixels_of_grid(message: dict[str, Any], pictures: dict[str, Picture]) -> dict[str, Any]:
-    """Regions written on the 0..1000 grid (marked "grid") as pixels: the middle of the cell, which is read back."""
+def _place_regions(message: dict[str, Any], item: Item, pictures: list[Picture]) -> dict[str, Any]:
+    """The regions of a conversation on the stored picture, those marked "grid" from cells of the 0..1000 grid.
+
+    Their bounds are checked when the record is read back: a region that is wrong is part of an answer, and cannot be
+    left out alone.
+    """
     content = message["content"]
-    if not isinstance(content, list) or not any("grid" in part for part in content):
+    if not isinstance(content, list) or not any(part.get("type") == "region" for part in content):
         return message
     parts = []
     for part in content:
-        if part.pop("grid", False):
-            only = next(iter(pictures.values()))
-            size = (only.width, only.height)
+        if part.get("type") == "region" and ("image" in part or len(pictures) == 1):
+            number = int(part.get("image", 0))
+            part, on_grid = {**part}, part.get("grid", False)
+            part.pop("grid", None)
             for field in ("boxes", "quads"):
                 if field in part:
-                    part[field] = [[_cell(v, size[i % 2]) for i, v in enumerate(points)] for points in part[field]]
+                    part[field] = [
+                        _pixels(points, on_grid, pictures[number], item.media[number], item.key)
+                        for points in part[field]
+                    ]
         parts.append(part)
     return {**message, "content": parts}
+
+
+def _pixels(points: list[float], on_grid: bool, picture: Picture, source: MediaSource, key: str) -> list[float]:
+    if on_grid:
+        return [_cell(value, picture.size[i % 2]) for i, value in enumerate(points)]
+    return list(place(picture, tuple(points), source, key))
 
 
 def _cell(value: float, size: int) -> float:
     return (min(value, GRID - 1) + 0.5) / GRID * size
 
 
-def attempt(item: Item) -> tuple[Finished | None, list[LedgerEvent]]:
+def attempt(item: Item, clips: ClipDecoder) -> tuple[Finished | None, list[LedgerEvent]]:
     """`finish`, with an unusable item as its ledger line."""
     try:
-        finished = finish(item)
+        finished = finish(item, clips)
     except DataError as error:
         return None, [problem(item.key, error.reason, error.message)]
     return finished, finished.events

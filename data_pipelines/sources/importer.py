@@ -15,10 +15,12 @@ import multiprocessing
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import DataError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.writer import MANIFEST_NAME, ShardWriter, write_manifest
@@ -196,9 +198,9 @@ def _write_group(group: _Group, settings: ImportSettings) -> ShardResult:
         first_shard=group.number,
         manifest=None,
     )
-    with writer:
+    with writer, closing(ClipDecoder()) as clips:
         for item in group.items:
-            finished, events = attempt(item)
+            finished, events = attempt(item, clips)
             result.events += events
             if finished is not None:
                 try:

@@ -4,7 +4,7 @@ Enters: a `MediaSource`. Leaves: the bytes to store, a member extension, and how
 stored picture. A picture keeps its original bytes unless its EXIF orientation says that it lies otherwise than its
 pixels do: then its pixels are turned once, here, and it is encoded again (JPEG at quality 95 without chroma
 subsampling, others as PNG), so that nothing after the import has to know of orientations. Costs one header read
-(10 to 50 us) a picture; clips are told by their first bytes.
+(10 to 50 us) a picture, and the listing of a clip's packets.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image
 from data_pipelines.decode.fields import shown
 from data_pipelines.decode.image import decode_image, image_orientation, probe_image
 from data_pipelines.decode.members import VIDEO_EXTENSIONS, extension
+from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import MediaError
 from data_pipelines.samples import Media
 from data_pipelines.sources.item import Box, MediaSource
@@ -56,7 +57,7 @@ _VIDEO_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A medium as it is stored. `width`, `height` are displayed pixels (0 for clips: the index reads their headers).
+    """A medium as it is stored: bytes, member extension, and its facts (size as displayed; frames of a clip).
 
     `orientation` is the EXIF value that was applied to the pixels, 1 where none was; coordinates that were made on the
     unturned picture (`source_size` its width and height) are turned by `place`.
@@ -64,25 +65,35 @@ class Picture:
 
     data: bytes
     extension: str
-    width: int = 0
-    height: int = 0
-    orientation: int = 1
-    source_size: tuple[int, int] = (0, 0)
+    media: Media
+    orientation: int
+    source_size: tuple[int, int]
 
-    def facts(self, name: str) -> dict[str, int] | None:
-        """The entry of the record's "media"; None for clips."""
-        return {"width": self.width, "height": self.height} if self.width else None
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in displayed pixels."""
+        return self.media.width, self.media.height
+
+    def facts(self) -> dict[str, float]:
+        """The entry of the record's "media"."""
+        media = self.media
+        size: dict[str, float] = {"width": media.width, "height": media.height}
+        if media.kind == "image":
+            return size
+        return {**size, "duration_s": media.duration_s, "fps": media.fps, "frames": media.frames}
 
 
-def open_media(source: MediaSource, key: str) -> Picture:
-    """Read, check and turn one medium.
+def open_media(source: MediaSource, key: str, clips: ClipDecoder) -> Picture:
+    """Read, check and turn one medium; clips are probed in a process of their own, under a deadline.
 
     Raises:
-        MediaError: missing, empty, too large, no picture or clip by content, or (only where it must be turned) broken.
+        MediaError: missing, empty, too large, no picture or clip by content, or broken as far as that shows without
+            decoding (all of it where a picture must be turned, the first frame of a clip).
     """
     data = _read(source, key)
     if source.kind == "video":
-        return Picture(data, _video_extension(source.name, data, key))
+        clip = clips.probe(data, source.name, key)
+        return Picture(data, _video_extension(source.name, data, key), clip, 1, (clip.width, clip.height))
     suffix = _by_signature(data, _IMAGE_SIGNATURES)
     if suffix is None:
         raise MediaError(key, "not_an_image", f"{shown(source.name)} begins {data[:16]!r}: no known picture format")
@@ -92,7 +103,7 @@ def open_media(source: MediaSource, key: str) -> Picture:
         raise MediaError(key, "too_many_pixels", f"{shown(source.name)} has {pixels}, limit {MAX_SOURCE_PIXELS}")
     orientation = image_orientation(data, key)
     if orientation == 1:
-        return Picture(data, suffix, media.width, media.height, 1, (media.width, media.height))
+        return Picture(data, suffix, media, 1, (media.width, media.height))
     return _turned(data, suffix, media, orientation, key)
 
 
@@ -105,7 +116,7 @@ def place(picture: Picture, points: Box, source: MediaSource, key: str) -> Box:
         MediaError: reason "size_mismatch", where the declared size is neither: the coordinates belong to another
             picture or scale.
     """
-    displayed, declared = (picture.width, picture.height), source.size
+    displayed, declared = picture.size, source.size
     if source.relative:
         return tuple(value * displayed[i % 2] for i, value in enumerate(points))
     if declared not in (None, displayed, picture.source_size):
@@ -210,7 +221,7 @@ def _turned(data: bytes, suffix: str, media: Media, orientation: int, key: str) 
     """The picture with its orientation applied to the pixels, encoded again."""
     encoded = _encode(decode_image(data, key, MAX_SOURCE_PIXELS), "JPEG" if suffix == "jpg" else "PNG")
     size = (media.height, media.width) if orientation >= 5 else (media.width, media.height)
-    return Picture(encoded, "jpg" if suffix == "jpg" else "png", media.width, media.height, orientation, size)
+    return Picture(encoded, "jpg" if suffix == "jpg" else "png", media, orientation, size)
 
 
 def _encode(rgb: NDArray[np.uint8], form: str) -> bytes:

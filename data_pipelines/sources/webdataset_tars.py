@@ -63,6 +63,8 @@ def read_tar(path: Path, prefix: str, min_score: float = 0.0) -> Entries:
 def _item(key: str, sample: TarSample, file: LocalFile, path: Path, min_score: float) -> Item:
     texts = {name: _read(key, name, sample, file) for name in ("json", "txt") if name in sample.members}
     names = media_names(sample.members)
+    if not texts:
+        fail(key, "members", sorted(sample.members), "the sample has neither a json nor a txt member", "no_record")
     data = mapping(key, "json", load_json(key, texts["json"])) if "json" in texts else {}
     sources = tuple(_source(name, sample, path) for name in names)
     if "messages" in data:

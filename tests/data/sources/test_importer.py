@@ -1,0 +1,137 @@
+"""Imports as a whole: the same bytes again, whatever the processes; manifest, ledger, interruption."""
+
+import hashlib
+import json
+
+import pytest
+
+from data_pipelines.sources.importer import ImportSettings, run_import
+from data_pipelines.sources.item import Annotations, Item, MediaSource, problem
+from tests.data.sources.conftest import read_back
+
+
+def items(folder, make_picture, count=7):
+    for number in range(count):
+        path = make_picture(f"{folder}/{number}.jpg", seed=number)
+        yield Item(f"k/{number:03d}", Annotations(captions=(f"picture {number}",)), (MediaSource("x", "image", path),))
+
+
+def digest(out):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
+
+
+def test_the_same_items_give_the_same_bytes_for_any_number_of_processes(tmp_path, make_picture):
+    listed = list(items("p", make_picture))
+    for name, processes in (("a", 1), ("b", 2)):
+        settings = ImportSettings(tmp_path / name, "s", "test", {"x": 1}, max_records=3, processes=processes)
+        run_import(listed, settings, lambda _: None)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert sorted(digest(tmp_path / "a")) == [
+        "ledger.jsonl",
+        "manifest.json",
+        "s-00000.tar",
+        "s-00001.tar",
+        "s-00002.tar",
+    ]
+
+
+def test_the_manifest_counts_and_the_ledger_names_everything_left_out(tmp_path, make_picture, load):
+    def entries():
+        yield problem("line:3", "bad_json", "broken")
+        yield from items("p", make_picture, 2)
+        yield Item("gone", Annotations(captions=("x",)), (MediaSource("g", "image", tmp_path / "gone.jpg"),))
+        yield Item("k/000", Annotations(captions=("again",)), (MediaSource("0", "image", tmp_path / "p/0.jpg"),))
+        yield Item("empty", Annotations(), (MediaSource("0", "image", tmp_path / "p/0.jpg"),))
+
+    imported = load(entries())
+    assert imported.reasons() == [
+        ("line:3", "bad_json"),
+        ("gone", "missing_media"),
+        ("k/000", "duplicate_key"),
+        ("empty", "no_annotation"),
+    ]
+    assert {line["dataset"] for line in imported.ledger} == {"test"}
+    counts = {name: imported.manifest[name] for name in ("items", "records", "media", "tasks")}
+    assert counts == {"items": 6, "records": 2, "media": 2, "tasks": {"caption": 2}}
+    (shard,) = imported.manifest["shards"]
+    assert (shard["records"], len(shard["sha256"])) == (2, 64)
+
+
+def test_shards_are_cut_by_number_and_bytes(make_picture, load):
+    listed = list(items("p", make_picture, 5))
+    size = listed[0].media[0].path.stat().st_size
+    assert [shard["records"] for shard in load(listed, max_records=2).manifest["shards"]] == [2, 2, 1]
+    assert [shard["records"] for shard in load(listed, max_bytes=3 * size + 99).manifest["shards"]] == [3, 2]
+
+
+def test_an_interrupted_import_continues_and_ends_alike(tmp_path, make_picture):
+    listed = list(items("p", make_picture))
+    whole = ImportSettings(tmp_path / "whole", "s", "test", {}, max_records=3)
+    run_import(listed, whole, lambda _: None)
+    cut = ImportSettings(tmp_path / "cut", "s", "test", {}, max_records=3)
+
+    def broken_off():
+        yield from listed[:7]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_import(broken_off(), cut, lambda _: None)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("*.tar")}
+    assert sorted(times) == ["s-00000.tar", "s-00001.tar"]
+    run_import(listed, cut, lambda _: None)
+    assert digest(tmp_path / "whole") == digest(tmp_path / "cut")
+    assert all((tmp_path / "cut" / name).stat().st_mtime_ns == time for name, time in times.items())
+
+
+def test_shards_of_changed_items_are_made_again_and_stale_ones_removed(tmp_path, make_picture):
+    listed = list(items("p", make_picture))
+    settings = ImportSettings(tmp_path / "out", "s", "test", {}, max_records=3)
+
+    def broken_off():
+        yield from listed
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_import(broken_off(), settings, lambda _: None)
+    report = run_import(listed[4:6], settings, lambda _: None)
+    imported = read_back(tmp_path / "out", report)
+    assert list(imported.records) == ["k/004", "k/005"]
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["s-00000.tar"]
+
+
+def test_a_finished_import_is_not_overwritten_by_chance(tmp_path, make_picture):
+    listed = list(items("p", make_picture, 2))
+    settings = ImportSettings(tmp_path / "out", "s", "test", {})
+    run_import(listed, settings, lambda _: None)
+    with pytest.raises(ValueError, match="--overwrite"):
+        run_import(listed, settings, lambda _: None)
+    again = ImportSettings(tmp_path / "out", "t", "test", {}, overwrite=True)
+    run_import(listed[:1], again, lambda _: None)
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["t-00000.tar"]
+
+
+def test_a_folder_with_other_shards_is_left_alone(tmp_path):
+    (tmp_path / "mine.tar").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"mine\.tar"):
+        run_import([], ImportSettings(tmp_path, "s", "test", {}), lambda _: None)
+    assert (tmp_path / "mine.tar").read_bytes() == b"x"
+
+
+def test_progress_counts_every_item(tmp_path, make_picture):
+    seen = []
+    settings = ImportSettings(tmp_path / "out", "s", "test", {}, max_records=3)
+    run_import(items("p", make_picture), settings, seen.append)
+    assert seen == [3, 3, 1]
+
+
+def test_what_a_trainer_would_refuse_never_reaches_a_shard(make_picture, load):
+    media = (MediaSource("x", "image", make_picture("a.jpg")),)
+    imported = load(
+        [
+            Item("a", Annotations(captions=("bad \ud800",)), media),
+            Item("b", Annotations(messages=({"role": "user", "content": "only a question"},)), media),
+            Item("c.d", Annotations(captions=("dot in the key",)), media),
+        ]
+    )
+    assert imported.reasons() == [("a", "bad_text"), ("b", "bad_turns"), ("c.d", "bad_key")]
+    assert json.dumps(imported.ledger).isascii()
