@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Large enough that adding a chunk's share to the weight's gradient (reading and writing V x D numbers) is a small part
-# of the chunk's three matrix products, small enough to be 1/70 of the logits of 16,384 positions x 151,936 words.
+# of the chunk's three matrix products, small enough to be 1/18 of the logits of 4,096 positions x 151,936 words.
 CHUNK_ELEMENTS = 1 << 25
 
 
@@ -52,20 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            chunk, target = hidden[part], targets[part, None]
-            logits = (chunk @ weight.T).float()
-            log_total = logits.logsumexp(dim=-1, keepdim=True)
-            losses[part] = (log_total - logits.gather(1, target)).squeeze(1)
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # softmax - one-hot, in the memory of the logits
-            slope = logits.sub_(log_total).exp_()
-            slope.scatter_add_(1, target, torch.full_like(log_total, -1.0))
-            slope = slope.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_product(grad_weight, slope.T, chunk)
+            losses[part] = _chunk(
+                hidden[part], weight, targets[part, None], None if grad_hidden is None else grad_hidden[part], grad_weight
+            )
 
         ctx.gradients = (grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
@@ -83,6 +72,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 gradient.mul_(grad_sum)
         return grad_hidden, grad_weight, None
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
+) -> Tensor:
+    """Losses [n] of n rows; fills `grad_hidden` [n, D] and adds to `grad_weight` where they are wanted.
+
+    A function of its own so that a chunk's memory is free before the next one's is taken.
+    """
+    logits = (hidden @ weight.T).float()
+    # logits, exponentials and slopes share one memory: logsumexp would take as much again
+    chosen = logits.gather(1, targets)
+    largest = logits.amax(dim=-1, keepdim=True)
+    exponentials = logits.sub_(largest).exp_()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    losses = (total.log() + largest - chosen).squeeze(1)
+    if grad_hidden is None and grad_weight is None:
+        return losses
+    slope = exponentials.mul_(total.reciprocal())  # softmax - one-hot
+    slope = slope.scatter_add_(1, targets, torch.full_like(total, -1.0)).to(hidden.dtype)
+    if grad_hidden is not None:
+        torch.mm(slope, weight, out=grad_hidden)
+    if grad_weight is not None:
+        _add_product(grad_weight, slope.T, hidden)
+    return losses
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
