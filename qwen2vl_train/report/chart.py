@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from qwen2vl_train.report.axis import Scale, linear_scale
 from qwen2vl_train.report.curve import Curve, Point
 from qwen2vl_train.report.figures import count
-from qwen2vl_train.report.markup import Html, element
+from qwen2vl_train.report.markup import Html, color_class, element
 
 WIDTH, HEIGHT = 580, 230
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 20, 34
 NUM_COLUMNS = 100  # hover targets across the plot, about 5 units wide
-NUM_COLORS = 8  # of the page's palette; later curves repeat them dashed
 _CHAR_WIDTH = 6.2  # of a band's label, to leave it out where it would not fit
 
 
@@ -71,7 +70,7 @@ class Chart:
         entries = []
         for label, curve in last.items():
             value = self.value_text(curve.points[-1].y) if curve.points else "not finite"
-            swatch = element("i", class_=_color_class("swatch", curve.color))
+            swatch = element("i", class_=color_class("swatch", curve.color))
             button = element("button", swatch, label, " ", element("span", value), type="button", data_series=label)
             entries.append(element("li", button))
         lost = sum(len(curve.non_finite) for curve in self.curves)
@@ -136,14 +135,14 @@ class _Plot:
         if curve.thinned and points:
             rim = [(point.x, point.high) for point in points] + [(point.x, point.low) for point in reversed(points)]
             marks.append(
-                element("polygon", class_=_color_class("range", curve.color), points=self._path(rim), data_series=name)
+                element("polygon", class_=color_class("range", curve.color), points=self._path(rim), data_series=name)
             )
         if len(points) == 1:
             dot = {"cx": self._x(points[0].x), "cy": self._y(points[0].y), "r": 2.5}
-            marks.append(element("circle", class_=_color_class("dot", curve.color), data_series=name, **dot))
+            marks.append(element("circle", class_=color_class("dot", curve.color), data_series=name, **dot))
         elif points:
             path = self._path([(point.x, point.y) for point in points])
-            marks.append(element("polyline", class_=_color_class("line", curve.color), points=path, data_series=name))
+            marks.append(element("polyline", class_=color_class("line", curve.color), points=path, data_series=name))
         for x in curve.non_finite:
             marks.append(element("path", class_="lost", d=f"M{self._x(x):.1f} {TOP + 8}l-4 -7h8z", data_series=name))
         return marks
@@ -187,7 +186,3 @@ class _Plot:
             spread = f" ({text(point.low)} to {text(point.high)})" if point.low < point.high else ""
             lines.append(f"{label} {text(point.y)}{spread}")
         return "\n".join([head, *lines])
-
-
-def _color_class(kind: str, color: int) -> str:
-    return f"{kind} c{color % NUM_COLORS}{' dashed' if color >= NUM_COLORS else ''}"

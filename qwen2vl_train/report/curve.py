@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-MAX_POINTS = 600
+MAX_POINTS = 600  # about one per pixel of a chart
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Curve:
         return self.num_logged > len(self.points) + len(self.non_finite)
 
 
-def make_curve(label: str, color: int, values: Sequence[tuple[float, float]]) -> Curve:
+def make_curve(label: str, color: int, values: Sequence[tuple[float, float]], max_points: int = MAX_POINTS) -> Curve:
     """A curve through (x, y) `values` in order of x; values that are not finite are set apart."""
     finite = [(x, y) for x, y in values if math.isfinite(y)]
     lost = tuple(x for x, y in values if not math.isfinite(y))
-    return Curve(label, color, thin(finite, MAX_POINTS), lost[:MAX_POINTS], len(values))
+    return Curve(label, color, thin(finite, max_points), lost[:max_points], len(values))
 
 
 def thin(values: Sequence[tuple[float, float]], max_points: int) -> tuple[Point, ...]:
     """At most `max_points` buckets of neighbouring values; the first and the last value keep a point of their own.
 
     >>> [(point.x, point.y, point.high) for point in thin([(1, 9.0), (2, 3.0), (3, 5.0), (4, 1.0)], 3)]
-    [(1, 9.0, 9.0), (2.5, 4.0, 5.0), (4, 1.0, 1.0)]
+    [(1.0, 9.0, 9.0), (2.5, 4.0, 5.0), (4.0, 1.0, 1.0)]
     """
     if len(values) <= max_points:
         return tuple(Point(x, y, y, y) for x, y in values)

@@ -72,22 +72,22 @@ _IN_TABLES = frozenset({"stage", "step", "step_s", "tokens", "supervised_tokens"
 
 def curves_section(stages: Sequence[Stage]) -> Html | None:
     """The charts with buttons to choose a view; None where nothing is logged yet."""
-    begun = [stage for stage in stages if stage.lines]
+    begun = [(stage, _columns(stage.lines)) for stage in stages if stage.lines]
     if not begun:
         return None
     colors = _Colors([stage.name for stage in stages])
     views = [("all stages", _view(begun, colors))] if len(begun) > 1 else []
-    views += [(stage.name, _view([stage], colors)) for stage in begun]
+    views += [(stage.name, _view([(stage, columns)], colors)) for stage, columns in begun]
     buttons = [
         element("button", name, type="button", data_view=name, aria_pressed="false" if number else "true")
         for number, (name, _) in enumerate(views)
     ]
-    num_lines = sum(len(stage.lines) for stage in begun)
+    num_lines = sum(len(stage.lines) for stage, _ in begun)
     note = f"{count(num_lines)} logged lines."
-    if any(len(stage.lines) > MAX_POINTS for stage in begun):
+    if any(len(stage.lines) > MAX_POINTS for stage, _ in begun):
         note += (
-            f" A curve of more than {MAX_POINTS} values is drawn as the means of {MAX_POINTS} buckets; the pale band "
-            "spans the lowest and highest value of each, so spikes stay visible."
+            f" A chart has about {MAX_POINTS} points across: a longer curve is drawn as means of neighbouring values, "
+            "and the pale band spans their lowest and highest, so spikes stay visible."
         )
     return element(
         "section",
@@ -114,41 +114,50 @@ class _Colors:
         return self._numbers.setdefault((kind, label), used)
 
 
-def _view(stages: Sequence[Stage], colors: _Colors) -> list[Html]:
-    """All charts over `stages`, one after the other on the x axis."""
-    starts: list[tuple[Stage, Band]] = []
+def _view(stages: Sequence[tuple[Stage, Series]], colors: _Colors) -> list[Html]:
+    """All charts over `stages` (each with its columns), one after the other on the x axis."""
+    bands: list[Band] = []
     end = 0.0
-    for stage in stages:
-        steps = max(1, int(stage.lines[-1]["step"]), *(step for step, _ in stage.evaluations or [(1, {})]))
-        starts.append((stage, Band(stage.name, end, end + steps)))
+    for stage, _ in stages:
+        steps = max(1, stage.lines[-1]["step"], *(step for step, _ in stage.evaluations))
+        bands.append(Band(stage.name, end, end + steps))
         end += steps
     charts = []
-    for wanted in (*_CHARTS, *_unknown(stages)):
-        curves = [
-            make_curve(label, colors(wanted.key, label), [(band.start + step, value) for step, value in values])
-            for stage, band in starts
-            for label, values in _series(wanted, stage).items()
-        ]
+    for wanted in (*_CHARTS, *_unknown([columns for _, columns in stages])):
+        curves = []
+        for (stage, columns), band in zip(stages, bands, strict=True):
+            # The width's points are shared out, or a short stage's line beside a long one's is a blot of ink.
+            most = max(20, round(MAX_POINTS * (band.end - band.start) / end))
+            for label, values in _series(wanted, stage, columns).items():
+                placed = [(band.start + step, value) for step, value in values]
+                curves.append(make_curve(label, colors(wanted.key, label), placed, most))
         heights = [height for curve in curves for point in curve.points for height in (point.low, point.high)]
         if not curves or (wanted.key == "skipped" and not any(heights)):
             continue
-        bands = [band for _, band in starts]
-        scale = wanted.scale(heights)
-        chart = Chart(wanted.title, wanted.unit, curves, bands, scale, wanted.text, wanted.tick)
+        chart = Chart(wanted.title, wanted.unit, curves, bands, wanted.scale(heights), wanted.text, wanted.tick)
         charts.append(chart.draw())
     return charts
 
 
-def _series(wanted: _Wanted, stage: Stage) -> Series:
+def _columns(lines: Sequence[Mapping[str, Any]]) -> Series:
+    """(step, value) of each line by figure; NaN and infinities stay, the chart marks them."""
+    columns: Series = {}
+    for line in lines:
+        step = line["step"]
+        for key, value in line.items():
+            if isinstance(value, int | float) and key not in _IN_TABLES:
+                columns.setdefault(key, []).append((step, float(value)))
+    return columns
+
+
+def _series(wanted: _Wanted, stage: Stage, columns: Series) -> Series:
     """What the chart shows of a stage: one series named like the stage, or one per metric under the key."""
     if wanted.key == "held_out/":
         return _held_out_series(stage)
     if wanted.key.endswith("/"):
-        names = dict.fromkeys(key for line in stage.lines for key in line if key.startswith(wanted.key))
-        series = {key.removeprefix(wanted.key): _values(stage.lines, key) for key in names}
+        series = {key.removeprefix(wanted.key): column for key, column in columns.items() if key.startswith(wanted.key)}
         return rates_by_part(series) if wanted.key == "lr/" else series
-    values = _values(stage.lines, wanted.key)
-    return {stage.name: values} if values else {}
+    return {stage.name: columns[wanted.key]} if wanted.key in columns else {}
 
 
 def _held_out_series(stage: Stage) -> Series:
@@ -184,15 +193,10 @@ def rates_by_part(series: Series) -> Series:
     return {", ".join(names): list(values) for values, names in names_by_rates.items()}
 
 
-def _values(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of each line that has the figure; NaN and infinities stay, the chart marks them."""
-    return [(line["step"], float(line[key])) for line in lines if isinstance(line.get(key), int | float)]
-
-
-def _unknown(stages: Sequence[Stage]) -> Iterator[_Wanted]:
+def _unknown(stages: Sequence[Series]) -> Iterator[_Wanted]:
     """A plain chart for each figure, or group of figures before a "/", that has none above."""
-    known = {wanted.key for wanted in _CHARTS} | _IN_TABLES
-    keys = dict.fromkeys(key for stage in stages for line in stage.lines for key in line)
+    known = {wanted.key for wanted in _CHARTS}
+    keys = dict.fromkeys(key for columns in stages for key in columns)
     groups = dict.fromkeys(f"{key.split('/')[0]}/" if "/" in key else key for key in keys)
     for group in groups:
         if group not in known:

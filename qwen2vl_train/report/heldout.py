@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qwen2vl_train.report.figures import metric_title, percent, points
 from qwen2vl_train.report.folder import Stage
-from qwen2vl_train.report.markup import Html, element
+from qwen2vl_train.report.markup import Html, color_class, element
 
 WIDTH, ROW, TOP, BOTTOM = 560, 40, 10, 26
 LEFT, RIGHT = 150, 56  # room for the metrics' names and for the last stage's figure
@@ -68,7 +68,7 @@ def _plot(scores: Scores) -> Html:
     label = "Held-out figures per stage and the majority baseline"
     svg = element("svg", marks, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label)
     entries = [
-        element("li", element("i", class_=f"swatch round c{color % 8}"), f"after {name}")
+        element("li", element("i", class_=color_class("swatch round", color)), f"after {name}")
         for name, color, _ in scores.stages
     ]
     if scores.majority:
@@ -89,7 +89,7 @@ def _row(scores: Scores, metric: str, y: float) -> list[Html]:
     for number, (name, color, share) in enumerate(dots):
         title = element("title", f"{metric_title(metric)} after {name}: {percent(share)}")
         radius = 6.5 if number == len(dots) - 1 else 5
-        marks.append(element("circle", title, class_=f"score c{color % 8}", cx=_x(share), cy=y, r=radius))
+        marks.append(element("circle", title, class_=color_class("score", color), cx=_x(share), cy=y, r=radius))
     marks.append(element("text", percent(dots[-1][2]), class_="row-value", x=WIDTH - RIGHT + 14, y=y + 4))
     return marks
 

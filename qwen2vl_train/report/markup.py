@@ -16,6 +16,8 @@ class Html(str):
     __slots__ = ()
 
 
+NUM_COLORS = 8  # of the page's palette, page.css; later ones repeat them dashed
+
 Content = str | Iterable["Content"] | None
 
 
@@ -47,6 +49,11 @@ def join(content: Content) -> Html:
     if isinstance(content, str):
         return Html(escape(content, quote=False))
     return Html("".join(join(part) for part in content))
+
+
+def color_class(kind: str, color: int) -> str:
+    """The CSS classes of a mark in the palette's colour: ("line", 1) → "line c1", ("line", 9) → "line c1 dashed"."""
+    return f"{kind} c{color % NUM_COLORS}{' dashed' if color >= NUM_COLORS else ''}"
 
 
 _VOID = frozenset({"meta", "br", "hr", "input", "img"})

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from qwen2vl_train.report.figures import MISSING, amount, count, duration, loss, metric_title, percent
 from qwen2vl_train.report.folder import Figures, Run, Stage
 from qwen2vl_train.report.heldout import Scores
-from qwen2vl_train.report.markup import Content, Html, element
+from qwen2vl_train.report.markup import Content, Html, color_class, element
 
 
 def headline_section(run: Run, scores: Scores) -> Html:
@@ -91,7 +91,9 @@ def _stage_row(stage: Stage, number: int) -> Html:
     state = {"evaluating": "trained, not scored"}.get(stage.state, stage.state)
     return element(
         "tr",
-        element("td", element("i", class_=f"swatch round c{number % 8}"), element("b", stage.name), class_="name"),
+        element(
+            "td", element("i", class_=color_class("swatch round", number)), element("b", stage.name), class_="name"
+        ),
         element("td", parts),
         element("td", element("span", state, class_=f"state {stage.state}")),
         [element("td", cell, class_="number") for cell in cells],

@@ -28,13 +28,22 @@ for (const button of all("button[data-view]"))
   });
 
 for (const chart of all("figure.chart")) {
-  // The hovered column's figures, at once, beside the chart's name.
+  // The hovered column's step beside the chart's name and its values in the legend; the last values again afterwards.
   const readout = chart.querySelector(".readout");
-  if (readout)
-    chart.addEventListener("mouseover", ({ target }) => {
-      const column = target.closest(".hit");
-      readout.textContent = column ? column.textContent.split("\n").slice(0, 2).join(" · ") : "";
-    });
+  const values = all(".legend [data-series] span", chart).map((span) => [span, span.textContent]);
+  const show = (column) => {
+    const [step, ...lines] = column ? column.textContent.split("\n") : [""];
+    readout.textContent = step;
+    for (const [span, last] of values) {
+      const start = `${span.parentElement.dataset.series} `;
+      const line = lines.find((line) => line.startsWith(start));
+      span.textContent = column ? (line ? line.slice(start.length).split(" (")[0] : "") : last;
+    }
+  };
+  if (readout) {
+    chart.addEventListener("mouseover", ({ target }) => show(target.closest(".hit")));
+    chart.addEventListener("mouseleave", () => show(null));
+  }
   // A legend's entry switches its marks off and on.
   for (const button of all("button[data-series]", chart))
     button.addEventListener("click", () => {

@@ -469,11 +469,12 @@ def test_a_long_run_stays_a_light_page_that_says_it_was_thinned(tmp_path):
         file.writelines(json.dumps(line) + "\n" for line in lines)
     page = read_page(folder)
     text = "\n".join(page.texts)
-    assert "drawn as the means of 600 buckets" in text
+    assert "A chart has about 600 points across" in text
     assert "to 400.0)" in text  # the spike stands in its column's title
     assert "▼ 1 value(s) not finite" in text
     lengths = [len(a["points"].split()) for a in page.all("polyline")]
     assert max(lengths) == MAX_POINTS
+    assert sum(lengths) < len(lengths) * MAX_POINTS  # stages share a chart's width
     coordinates = " ".join(a["points"] for a in page.all("polyline") + page.all("polygon"))
     assert re.fullmatch(r"[-0-9., ]+", coordinates)  # no nan, no inf
     assert (folder / "report.html").stat().st_size < 2_000_000
