@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen2vl_train.report import figures
 from qwen2vl_train.report.axis import Scale, linear_scale, loss_scale
 from qwen2vl_train.report.chart import Band, Chart
 from qwen2vl_train.report.curve import MAX_POINTS, make_curve
@@ -200,4 +199,4 @@ def _unknown(stages: Sequence[Series]) -> Iterator[_Wanted]:
     groups = dict.fromkeys(f"{key.split('/')[0]}/" if "/" in key else key for key in keys)
     for group in groups:
         if group not in known:
-            yield _Wanted(group, figures.metric_title(group.removesuffix("/")), "as logged", linear_scale)
+            yield _Wanted(group, metric_title(group.removesuffix("/")), "as logged", linear_scale)
