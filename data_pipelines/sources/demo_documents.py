@@ -128,10 +128,11 @@ def _scenes(rng: Random, stencils: Stencils) -> Draft:
 
 
 def _ocr(rng: Random, stencils: Stencils) -> Draft:
-    """A word to read, with and without its place, and one question about the shapes."""
+    """A word to read, with or without its place, and two questions about the shapes."""
     scene = sample_scene(rng, stencils, num_shapes=rng.choice((1, 2)), word=True)
-    turns = [questions.ask_ocr(rng, scene), questions.ask_ocr_grounding(rng, scene)]
-    turns.append(questions.ask_referring(rng.choice(scene.shapes)))
+    read = questions.ask_ocr if rng.random() < 0.6 else questions.ask_ocr_grounding
+    shape = rng.choice(scene.shapes)
+    turns = [read(rng, scene), questions.ask_caption(rng, scene), questions.ask_referring(shape)]
     rng.shuffle(turns)
     return _draft("ocr", [scene], turns)
 

@@ -20,6 +20,7 @@ from data_pipelines.sources.demo_stencils import Mask, Stencils
 Picture = NDArray[np.uint8]
 
 JPEG_QUALITY = 90
+PLATE_COLOR, INK_COLOR = (248, 248, 248), (12, 12, 12)
 
 
 def draw_scene(scene: Scene, stencils: Stencils) -> Picture:
@@ -29,9 +30,10 @@ def draw_scene(scene: Scene, stencils: Stencils) -> Picture:
         x1, y1, x2, _ = shape.box
         stamp(canvas, stencils.shape(shape.kind, x2 - x1), x1, y1, add_rgb(COLORS[shape.color], ink))
     if scene.word is not None:
-        mask, _ = stencils.word(scene.word.text, scene.word.size, scene.word.angle_deg)
-        ink = (15, 15, 15) if sum(scene.background.first) > 3 * 128 else (245, 245, 245)
-        stamp(canvas, mask, scene.word.box[0], scene.word.box[1], ink)
+        sign = stencils.word(scene.word.text, scene.word.size, scene.word.angle_deg)
+        x, y = scene.word.box[:2]
+        stamp(canvas, sign.plate, x, y, PLATE_COLOR)
+        stamp(canvas, sign.ink, x, y, INK_COLOR)
     return canvas
 
 

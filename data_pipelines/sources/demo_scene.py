@@ -29,27 +29,11 @@ COLORS: dict[str, Rgb] = {
     "cyan": (20, 205, 220),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
+# Each has its own first letter. Probe: a ViT of the tiny model's size, trained to read alone, knew two of three of 24
+# such words after 17,000 pictures with letters 25 pixels high; of 49 words with letters 16 pixels high it knew none.
 WORDS = (
-    *("ANT", "BED", "BIKE", "BIRD", "BOOK", "BUS", "CAKE", "CAR", "CAT", "COW", "CUP", "DOG", "DOOR", "DUCK", "EGG"),
-    *("FISH", "FOX", "FROG", "GOAT", "HAT", "HOME", "ICE", "JAM", "KEY", "KING", "LAMP", "LEAF", "LION", "MAP", "MILK"),
-    *(
-        "MOON",
-        "NUT",
-        "OWL",
-        "PARK",
-        "PEN",
-        "PIG",
-        "QUIZ",
-        "RAIN",
-        "ROSE",
-        "SHIP",
-        "SNOW",
-        "STAR",
-        "SUN",
-        "TAXI",
-        "TREE",
-    ),
-    *("VAN", "WOLF", "YAK", "ZOO"),
+    *("ANT", "BED", "CAT", "DOG", "EGG", "FOX", "HAT", "ICE", "JAM", "KEY"),
+    *("MAP", "NUT", "OWL", "PEN", "RUN", "SUN", "TOY", "VAN", "YES", "ZOO"),
 )
 
 MIN_SIDE, SIDE_SPREAD = 84, 84  # pixels: sides run from 84 to 168, mean 112
@@ -78,7 +62,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A drawn word: `box` of its stencil, `quad` its corners clockwise from the first letter's top left, pixels."""
+    """A word on a plate: `box` of the plate, `quad` of the letters, clockwise from the first one's top left, pixels."""
 
     text: str
     size: int
@@ -114,7 +98,7 @@ class Scene:
 def sample_scene(rng: Random, stencils: Stencils, *, num_shapes: int | None = None, word: bool = False) -> Scene:
     """A random scene. `num_shapes` None: mostly two, sometimes one or three; `word`: with one word."""
     width, height = sample_side(rng), sample_side(rng)
-    wanted = num_shapes or rng.choices((1, 2, 3), (20, 60, 20))[0]
+    wanted = num_shapes or rng.choices((1, 2, 3), (20, 65, 15))[0]
     taken: list[Box] = []
     drawn_word = _place_word(rng, stencils, width, height) if word else None
     if drawn_word is not None:
@@ -139,7 +123,7 @@ def sample_side(rng: Random) -> int:
 
 
 def sample_background(rng: Random) -> Background:
-    """A background dark or light enough for a white or black word; its colours stay far from those of the shapes."""
+    """A dark or a light background; its colours stay far from those of the shapes."""
     level = rng.randint(25, 85) if rng.random() < 0.4 else rng.randint(170, 230)
     tint = _jitter(rng, 14)
     step = rng.choice((-1, 1)) * rng.randint(12, 26)
@@ -154,19 +138,21 @@ def _jitter(rng: Random, limit: int) -> Rgb:
 
 
 def _place_word(rng: Random, stencils: Stencils, width: int, height: int) -> Word:
-    """A word at a free place: capitals about 16 to 20 pixels high, one in five turned by a few degrees."""
+    """A sign somewhere: capitals 22 to 28 pixels high, fewer where the picture is narrow; some turned a little."""
     text = rng.choice(WORDS)
-    size = rng.randint(22, 28)
-    angle = rng.choice((-9, -6, 6, 9)) if rng.random() < 0.2 else 0
-    mask, corners = stencils.word(text, size, angle)
-    h, w = mask.shape
-    if w > width - 4:  # the widest word in the narrowest picture
-        size, angle = 22, 0
-        mask, corners = stencils.word(text, size, angle)
-        h, w = mask.shape
-    x, y = rng.randint(1, width - w - 1), rng.randint(1, height - h - 1)
-    quad = tuple(value + (x, y)[i % 2] for i, value in enumerate(corners))
-    return Word(text, size, angle, (x, y, x + w, y + h), (*quad,))  # type: ignore[arg-type]
+    size = rng.randint(30, 38)
+    angle = rng.choice((-5, -3, 3, 5)) if rng.random() < 0.15 else 0
+    sign = stencils.word(text, size, angle)
+    while sign.ink.shape[1] > width:
+        size -= 1
+        sign = stencils.word(text, size, angle)
+    h, w = sign.ink.shape
+    x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+    if max(y, height - h - y) < MIN_SHAPE + GAP:  # a word across the middle would leave no room for a shape
+        y = rng.choice((0, height - h))
+    x1, y1, x2, y2, x3, y3, x4, y4 = sign.quad
+    quad = (x + x1, y + y1, x + x2, y + y2, x + x3, y + y3, x + x4, y + y4)
+    return Word(text, size, angle, (x, y, x + w, y + h), quad)
 
 
 def _place_shapes(rng: Random, width: int, height: int, wanted: int, taken: list[Box]) -> list[Box]:
@@ -176,7 +162,7 @@ def _place_shapes(rng: Random, width: int, height: int, wanted: int, taken: list
             boxes = _try_boxes(rng, width, height, count, taken)
             if boxes is not None:
                 return boxes
-    # A word across the middle of a small picture: the taller of the strips above and below it holds a shape.
+    # A small picture with a word: the taller of the strips above and below it holds one shape.
     _, y1, _, y2 = taken[0]
     above, below = y1 - GAP, height - y2 - GAP
     side = min(max(above, below), MAX_SHAPE, width)
