@@ -76,13 +76,13 @@ class ClipDecoder:
     """
 
     def __init__(self, backend: str = "auto", timeout_s: float = 60.0, max_reads: int = 200) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
         if backend not in BACKENDS:
             raise ValueError(f"video_backend {backend!r}: must be one of {', '.join(BACKENDS)}")
         self.backend = backend
         self.timeout_s = timeout_s
         self.max_reads = max_reads
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
         self._owner = 0
         self._reads = 0
 

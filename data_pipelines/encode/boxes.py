@@ -16,6 +16,7 @@ _POINT = r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)"
 _SEPARATOR = r"\s*,?\s*"
 _BOX = re.compile(_POINT + _SEPARATOR + _POINT)
 _QUAD = re.compile(_SEPARATOR.join([_POINT] * 4))
+_TAGGED_QUAD = re.compile(r"<\|quad_start\|>.*?<\|quad_end\|>", re.DOTALL)
 
 
 def to_grid(value: float, size: int) -> int:
@@ -49,9 +50,9 @@ def quad_text(quad: Sequence[float], width: int, height: int) -> str:
 def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
     """All boxes in a model's `text`, on the grid, in order; spaces are tolerated, values of 1000 and more are not.
 
-    A run of four points is a quad, not two boxes, when it stands between quad tags; strip or parse those first.
+    Points between quad tags are left out; without tags four points in a row read as two boxes.
     """
-    boxes = [(int(a), int(b), int(c), int(d)) for a, b, c, d in _BOX.findall(text)]
+    boxes = [(int(a), int(b), int(c), int(d)) for a, b, c, d in _BOX.findall(_TAGGED_QUAD.sub("", text))]
     return [box for box in boxes if max(box) < GRID]
 
 

@@ -196,6 +196,13 @@ class SampleEncoder:
                 f"{media.name} has {len(data)} bytes, over max_source_bytes={config.max_source_bytes}",
             )
         if plan.kind == "video":
+            if media.width * media.height > config.max_source_pixels:
+                raise MediaError(
+                    key,
+                    "too_many_pixels",
+                    f"{media.name}: frames of {media.width} x {media.height} pixels, over "
+                    f"max_source_pixels={config.max_source_pixels}",
+                )
             if self._clips is None:
                 self._clips = ClipDecoder(config.video_backend, config.decode_timeout_s)
             return clip_to_patches(self._clips.read(data, media, plan, key))
