@@ -36,7 +36,7 @@ def decoded(data):
 
 
 def reason(call, *args):
-    with pytest.raises(MediaError, match="^key: ") as caught:
+    with pytest.raises(MediaError, match=r"^key: ") as caught:
         call(*args)
     return caught.value.reason
 

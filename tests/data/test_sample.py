@@ -140,7 +140,7 @@ def test_text_is_never_cut_where_it_answers(tokenizer):
     encoder = SampleEncoder(tokenizer, "plain", CONFIG, 16)
     rec = record(("user", "a"), ("assistant", "a red dog " * 20))
     for call in (lambda: encoder.encode(rec, read), lambda: encoder.count(rec)):
-        with pytest.raises(BudgetError, match="^shard/7: "):
+        with pytest.raises(BudgetError, match=r"^shard/7: "):
             call()
 
 
@@ -201,7 +201,7 @@ def test_too_many_pixels_are_refused_before_decoding(tokenizer, kind):
 
 def test_broken_media_is_an_error_with_the_key(encoder):
     for name in ("0.png", "0.mp4"):
-        with pytest.raises(MediaError, match="^shard/7: "):
+        with pytest.raises(MediaError, match=r"^shard/7: "):
             encoder.encode(record(("user", MediaRef(name)), ("assistant", "x")), lambda name: MEMBERS[name][:200])
 
 

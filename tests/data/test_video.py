@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -229,7 +230,7 @@ def test_other_content_is_no_clip(decoder, data, reason):
         lambda: decoder.probe(data, "0.mp4", "key"),
         lambda: decoder.read(data, media, plan(media), "key"),
     ):
-        with pytest.raises(MediaError, match="^key: ") as caught:
+        with pytest.raises(MediaError, match=r"^key: ") as caught:
             call()
         assert caught.value.reason == reason
 
@@ -321,6 +322,13 @@ def test_the_process_is_recycled_and_leaves_nothing_open(plain):
     assert len(os.listdir("/proc/self/fd")) <= before - 1
 
 
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_the_decoder_process_ends_with_its_parent(plain):
     media = probe_video(plain, "0.mp4", "key")
     reader, writer = os.pipe()
@@ -335,12 +343,9 @@ def test_the_decoder_process_ends_with_its_parent(plain):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{helper}") and time.monotonic() < deadline:
-        if "Z" in open(f"/proc/{helper}/stat").read().rsplit(")", 1)[1].split()[0]:
-            break
+    while is_running(helper) and time.monotonic() < deadline:
         time.sleep(0.05)
-    else:
-        assert not os.path.exists(f"/proc/{helper}")
+    assert not is_running(helper)
 
 
 def test_a_forked_or_pickled_decoder_starts_its_own_process(plain):
