@@ -12,8 +12,9 @@ the number of the next pack. It grows with the pool and the number of sources, n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 from data_pipelines.config import MediaConfig, PlanConfig
@@ -56,10 +57,11 @@ class Planner:
         self._cursors = [
             _Cursor(number, source, media, plan, seed, self._events) for number, source in enumerate(sources)
         ]
+        self._items = self._draw_items()
 
     def next_pack(self) -> Pack:
         """The pack `number`; the number advances."""
-        items = self._packer.next_pack(self._draw)
+        items = self._packer.next_pack(self._items)
         events, self._events[:] = tuple(self._events), []
         self.number += 1
         tokens, patches = sum(item.tokens for item in items), sum(item.patches for item in items)
@@ -81,11 +83,20 @@ class Planner:
         for cursor, place in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(place)
         self._events.clear()
+        self._items = self._draw_items()
         pool = [Item(*item) for item in state["pool"]]
         self._packer = PoolPacker(self._plan.max_tokens, self._plan.max_patches, self._plan.pool_size, pool)
 
-    def _draw(self) -> Item:
-        return self._cursors[self._mixture.draw()].draw()
+    def _draw_items(self) -> Iterator[Item]:
+        """The samples in the order in which they enter the pool; its place is that of the mixture and the cursors."""
+        cursors = self._cursors
+        for number in self._mixture.draws():
+            cursor = cursors[number]
+            item = next(cursor.items, None)
+            while item is None:
+                cursor.refill()
+                item = next(cursor.items, None)
+            yield item
 
 
 class _Cursor:
@@ -109,32 +120,32 @@ class _Cursor:
             seed, source.name, source.num_shards, self._shard_size, plan.block_size, entered=self._report_shards
         )
         self._place = self._order.place
-        self._items: list[Item] = []
-        self._next = 0
+        self._size: int | None = None
+        self.items: Iterator[Item] = iter(())
 
-    def draw(self) -> Item:
-        """The next usable sample of the source."""
+    def refill(self) -> None:
+        """Open blocks until one has a usable sample."""
         first_epoch = self._order.place[0]
-        while self._next == len(self._items):
-            self._open_block()
-            if not self._items and self._order.place[0] > first_epoch + 1:
+        while not self._open_block():
+            if self._order.place[0] > first_epoch + 1:
                 raise self._nothing_usable()
-        self._next += 1
-        return self._items[self._next - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"place": list(self._place), "next": self._next if self._items else None}
+        drawn = None if self._size is None else self._size - length_hint(self.items)
+        return {"place": list(self._place), "next": drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         epoch, window, block = state["place"]
         self._order.place = (epoch, window, block)
-        self._items, self._next = [], 0
+        self._size, self.items = None, iter(())
         if state["next"] is not None:
             self._open_block()
-            self._next = state["next"]
+            for _ in range(state["next"]):
+                next(self.items)
             self._events.clear()  # told when the block was opened first
 
-    def _open_block(self) -> None:
+    def _open_block(self) -> int:
+        """Make the next block's usable samples the `items`; their number."""
         self._place = self._order.place
         try:
             block = self._order.next_block()
@@ -143,12 +154,12 @@ class _Cursor:
         table = self._source.table(block.shard)
         tokens, patches, events = sample_lengths(self._source.name, table, block.rows, self._media, self._plan)
         self._events += events
-        self._items = [
-            Item(self._number, block.shard, row, block.epoch, n, p)
-            for row, n, p in zip(block.rows.tolist(), tokens.tolist(), patches.tolist(), strict=True)
-            if n > 0
-        ]
-        self._next = 0
+        usable = tokens > 0
+        columns = (block.rows[usable].tolist(), tokens[usable].tolist(), patches[usable].tolist())
+        number, shard, epoch = self._number, block.shard, block.epoch
+        items = [Item(number, shard, row, epoch, n, p) for row, n, p in zip(*columns, strict=True)]
+        self._size, self.items = len(items), iter(items)
+        return self._size
 
     def _shard_size(self, shard: int) -> int:
         return self._source.table(shard).index.num_samples

@@ -16,7 +16,7 @@ def items(lengths, patches=None):
 def packs(lengths, count, patches=None, max_tokens=10, max_patches=100, pool=3):
     source = itertools.cycle(items(lengths, patches))
     packer = PoolPacker(max_tokens, max_patches, pool)
-    return [[item.tokens for item in packer.next_pack(lambda: next(source))] for _ in range(count)]
+    return [[item.tokens for item in packer.next_pack(source)] for _ in range(count)]
 
 
 def test_the_oldest_begins_and_the_longest_that_fits_follows():
@@ -41,13 +41,14 @@ def test_no_item_waits_longer_than_the_pool():
     drawn = []
 
     def draw():
-        drawn.append(Item(0, 0, len(drawn), 0, int(rng.integers(1, 1000)), 0))
-        return drawn[-1]
+        while True:
+            drawn.append(Item(0, 0, len(drawn), 0, int(rng.integers(1, 1000)), 0))
+            yield drawn[-1]
 
-    packer, seen = PoolPacker(1000, 10**6, 16), {}
+    packer, source, seen = PoolPacker(1000, 10**6, 16), draw(), {}
     for number in range(400):
         arrived = len(drawn)
-        pack = packer.next_pack(draw)
+        pack = packer.next_pack(source)
         assert pack[0].row == min(set(range(arrived)) - set(seen), default=pack[0].row)
         seen.update({item.row: number for item in pack})
         assert sum(item.tokens for item in pack) <= 1000
@@ -60,12 +61,12 @@ def test_a_pool_that_is_put_back_packs_the_same():
     source = items(rng.integers(1, 400, 3000).tolist(), rng.integers(0, 400, 3000).tolist())
     one, place = PoolPacker(1000, 900, 32), iter(source)
     for _ in range(50):
-        one.next_pack(lambda: next(place))
+        one.next_pack(place)
     rest = list(place)
     two = PoolPacker(1000, 900, 32, one.pool)
     first, second = iter(rest), iter(rest)
     for _ in range(50):
-        assert one.next_pack(lambda: next(first)) == two.next_pack(lambda: next(second))
+        assert one.next_pack(first) == two.next_pack(second)
 
 
 @pytest.mark.parametrize(("median", "pool"), [(300, 64), (600, 256)])
@@ -73,9 +74,8 @@ def test_packs_of_many_short_samples_are_full(median, pool):
     rng = np.random.default_rng(2)
     packer = PoolPacker(16384, 10**9, pool)
 
-    def draw():
-        return Item(0, 0, 0, 0, int(np.clip(rng.lognormal(np.log(median), 0.8), 8, 16384)), 0)
-
-    fills = [sum(item.tokens for item in packer.next_pack(draw)) / 16384 for _ in range(300)]
+    lengths = np.clip(rng.lognormal(np.log(median), 0.8, 40_000), 8, 16384).astype(int)
+    source = iter(items(lengths.tolist()))
+    fills = [sum(item.tokens for item in packer.next_pack(source)) / 16384 for _ in range(300)]
     assert np.mean(fills) > 0.995
     assert np.mean(np.array(fills) < 0.98) < 0.005

@@ -1,5 +1,6 @@
 """The plan: every sample once an epoch, shares by weight, exact continuation, clear ends for bad sources."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -94,15 +95,25 @@ def test_an_order_of_empty_shards_ends():
 def test_shares_follow_the_weights_to_within_a_sample():
     # shares 1/2, 1/3, 1/6; due times 1 3 5 7 9 ..., 1.5 4.5 7.5 ..., 3 9 ...
     mixture = Mixture([3, 2, 1])
-    assert [mixture.draw() for _ in range(6)] == [0, 1, 0, 2, 1, 0]
+    draws = mixture.draws()
+    assert [next(draws) for _ in range(6)] == [0, 1, 0, 2, 1, 0]
     for _ in range(5994):
-        mixture.draw()
+        next(draws)
     assert mixture.drawn == [3000, 2000, 1000]
+
+
+def test_a_mixture_goes_on_from_its_counts():
+    one = Mixture([0.61, 0.07, 0.32])
+    draws = one.draws()
+    for _ in range(700):
+        next(draws)
+        rest = Mixture([0.61, 0.07, 0.32], one.drawn).draws()
+    assert [next(draws) for _ in range(2000)] == [next(rest) for _ in range(2000)]
 
 
 def test_a_source_without_weight_is_never_drawn():
     mixture = Mixture([0, 1])
-    assert {mixture.draw() for _ in range(20)} == {1}
+    assert set(itertools.islice(mixture.draws(), 2000)) == {1}
 
 
 @pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, float("nan")], [float("inf")]])
