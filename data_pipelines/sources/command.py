@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ from data_pipelines.sources import (
     vqa,
     webdataset_tars,
 )
+from data_pipelines.sources.cleaning import RuleCount, read_rules
 from data_pipelines.sources.importer import LEDGER_NAME, ImportReport, ImportSettings, run_import
 
 SOURCES: dict[str, ModuleType] = {
@@ -95,6 +96,7 @@ def _common_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--processes", type=_positive, default=1, metavar="N", help=f"worker processes (this machine: {os.cpu_count()})"
     )
+    group.add_argument("--clean", type=Path, metavar="YAML", help="cleaning rules (see configs/cleaning)")
     group.add_argument("--overwrite", action="store_true", help="replace a finished import in the folder")
     return common
 
@@ -125,6 +127,7 @@ def _settings(options: argparse.Namespace) -> ImportSettings:
         max_bytes=options.max_bytes,
         processes=options.processes,
         overwrite=options.overwrite,
+        rules=read_rules(options.clean) if options.clean is not None else (),
     )
 
 
@@ -152,4 +155,19 @@ def _print_report(report: ImportReport, settings: ImportSettings) -> None:
     table.add_row("shards", f"{report.shards:,}, {report.bytes / 1e6:,.1f} MB")
     told = ", ".join(f"{reason} {count:,}" for reason, count in report.reasons.items()) or "nothing"
     table.add_row(f"left out ({LEDGER_NAME})", told)
+    Console().print(table)
+    if report.cleaning:
+        _print_cleaning(report.cleaning)
+
+
+def _print_cleaning(counts: Sequence[RuleCount]) -> None:
+    table = Table("rule", "samples", "captions", "rewritten", "boxes", title="cleaning", title_justify="left")
+    for count in counts:
+        table.add_row(
+            count.rule,
+            f"{count.samples_before:,} → {count.samples_after:,}",
+            f"{count.captions_before:,} → {count.captions_after:,}",
+            f"{count.changed:,}",
+            f"{count.boxes_before:,} → {count.boxes_after:,}",
+        )
     Console().print(table)

@@ -8,6 +8,7 @@ the reading of its bytes.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +17,11 @@ from data_pipelines.decode.regions import TOLERANCE_PIXELS
 from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
+from data_pipelines.sources.cleaning import RuleCount, Rules, clean
 from data_pipelines.sources.compose import compose
 from data_pipelines.sources.item import Annotations, Box, Grounded, Item, Labelled, MediaSource, TextLine, problem
 from data_pipelines.sources.pictures import Picture, open_media, place
+from data_pipelines.sources.sample import Sample
 
 GRID = 1000
 
@@ -33,12 +36,12 @@ class Finished:
     events: list[LedgerEvent]
 
 
-def finish(item: Item, clips: ClipDecoder) -> Finished:
-    """Make the sample of `item`; `clips` probes its clips.
+def finish(item: Item, clips: ClipDecoder, rules: Rules = (), counts: Sequence[RuleCount] = ()) -> Finished:
+    """Make the sample of `item`; `clips` probes its clips, `rules` clean it and are counted in `counts`.
 
     Raises:
         MediaError, RecordError: where a medium or the record as a whole is unusable; "no_annotation" where there is
-            nothing to learn.
+            nothing to learn; the name of the cleaning rule that dropped it.
     """
     pictures = [open_media(source, item.key, clips) for source in item.media]
     names = [f"{i}.{picture.extension}" for i, picture in enumerate(pictures)]
@@ -48,6 +51,12 @@ def finish(item: Item, clips: ClipDecoder) -> Finished:
         annotations = _Placing(item, pictures[0], events).place(annotations)
         told = tuple(_place_regions(message, item, pictures) for message in annotations.messages)
         annotations = replace(annotations, messages=told)
+    if rules:
+        sample = Sample(item.key, annotations, tuple(picture.media for picture in pictures), item.score)
+        cleaned = clean(sample, rules, counts)
+        if isinstance(cleaned, str):
+            raise RecordError(item.key, cleaned, "dropped by this cleaning rule")
+        annotations = cleaned.annotations
     messages, task = compose(annotations, list(zip(names, (s.kind for s in item.media), strict=True)), item.task)
     if not messages:
         raise RecordError(item.key, "no_annotation", "nothing to learn: no caption, box, text, question or answer")
@@ -175,10 +184,12 @@ def _cell(value: float, size: int) -> float:
     return (min(value, GRID - 1) + 0.5) / GRID * size
 
 
-def attempt(item: Item, clips: ClipDecoder) -> tuple[Finished | None, list[LedgerEvent]]:
+def attempt(
+    item: Item, clips: ClipDecoder, rules: Rules, counts: Sequence[RuleCount]
+) -> tuple[Finished | None, list[LedgerEvent]]:
     """`finish`, with an unusable item as its ledger line."""
     try:
-        finished = finish(item, clips)
+        finished = finish(item, clips, rules, counts)
     except DataError as error:
         return None, [problem(item.key, error.reason, error.message)]
     return finished, finished.events

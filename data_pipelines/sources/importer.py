@@ -24,6 +24,8 @@ from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import DataError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.writer import MANIFEST_NAME, ShardWriter, write_manifest
+from data_pipelines.sources.cleaning import DUPLICATE_RULES, RuleCount, Rules, new_counts
+from data_pipelines.sources.duplicates import drop_duplicates
 from data_pipelines.sources.finish import attempt
 from data_pipelines.sources.item import Item, problem
 from data_pipelines.sources.pictures import media_bytes
@@ -44,6 +46,7 @@ class ImportSettings:
     max_bytes: int = 512 << 20
     processes: int = 1
     overwrite: bool = False
+    rules: Rules = ()
 
 
 @dataclass(slots=True)
@@ -58,6 +61,7 @@ class ShardResult:
     media: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
     events: list[LedgerEvent] = field(default_factory=list)
+    cleaning: list[RuleCount] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class ImportReport:
     bytes: int
     tasks: dict[str, int]
     reasons: dict[str, int]
+    cleaning: list[RuleCount]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +95,18 @@ def run_import(
     done = _prepare(settings)
     events: list[LedgerEvent] = []
     results = []
+    counts = new_counts(settings.rules)
+    entries = _without_duplicates(entries, settings.rules, counts)
     for result in _results(_groups(_only_items(entries, events), settings), settings, done):
         results.append(result)
         advance(result.items)
     _remove_stale(settings, done, results)
     events += [event for result in results for event in result.events]
     events = [replace(event, dataset=settings.name) for event in events]
-    report = _report(results, events)
+    for result in results:
+        for count, more in zip(counts, result.cleaning, strict=True):
+            count.add(more)
+    report = _report(results, events, counts)
     _write_ledger(settings.out / LEDGER_NAME, events)
     write_manifest(settings.out / MANIFEST_NAME, _manifest(settings, results, report))
     _remove_folder(settings.out / PROGRESS_FOLDER)
@@ -140,6 +150,16 @@ def _only_items(entries: Iterable[Item | LedgerEvent], events: list[LedgerEvent]
             events.append(entry)
 
 
+def _without_duplicates(
+    entries: Iterable[Item | LedgerEvent], rules: Rules, counts: list[RuleCount]
+) -> Iterable[Item | LedgerEvent]:
+    """The entries after the rules that compare items with each other."""
+    for (name, rule), count in zip(rules, counts, strict=True):
+        if name in DUPLICATE_RULES:
+            entries = drop_duplicates(entries, rule, count)
+    return entries
+
+
 def _groups(items: Iterator[Item], settings: ImportSettings) -> Iterator[_Group]:
     """Cut the items into shards of at most `max_records` items and about `max_bytes` bytes of media."""
     number, held, size = 0, list[Item](), 0
@@ -179,7 +199,8 @@ def _import_group(group: _Group, settings: ImportSettings, before: dict[str, Any
     if before is not None and before["digest"] == digest:
         kept = before["result"]
         if kept["file"] is None or (settings.out / kept["file"]).is_file():
-            return ShardResult(**{**kept, "events": [LedgerEvent(**event) for event in kept["events"]]})
+            events = [LedgerEvent(**event) for event in kept["events"]]
+            return ShardResult(**{**kept, "events": events, "cleaning": [RuleCount(**c) for c in kept["cleaning"]]})
     result = _write_group(group, settings)
     aside = settings.out / PROGRESS_FOLDER / f"{group.number}.json"
     write_manifest(aside, {"digest": digest, "result": asdict(result)})
@@ -187,7 +208,7 @@ def _import_group(group: _Group, settings: ImportSettings, before: dict[str, Any
 
 
 def _write_group(group: _Group, settings: ImportSettings) -> ShardResult:
-    result = ShardResult(None, len(group.items))
+    result = ShardResult(None, len(group.items), cleaning=new_counts(settings.rules))
     tasks: Counter[str] = Counter()
     # One shard a group: the limits that cut groups are not to cut again here.
     writer = ShardWriter(
@@ -200,7 +221,7 @@ def _write_group(group: _Group, settings: ImportSettings) -> ShardResult:
     )
     with writer, closing(ClipDecoder()) as clips:
         for item in group.items:
-            finished, events = attempt(item, clips)
+            finished, events = attempt(item, clips, settings.rules, result.cleaning)
             result.events += events
             if finished is not None:
                 try:
@@ -221,7 +242,7 @@ def _write_group(group: _Group, settings: ImportSettings) -> ShardResult:
 
 def _digest(group: _Group, settings: ImportSettings) -> str:
     """What a shard is made from: its items, the state of their files, and what is done to them."""
-    digest = hashlib.sha256(settings.name.encode())
+    digest = hashlib.sha256(repr((settings.name, settings.rules)).encode())
     for item in group.items:
         digest.update(repr((item.key, item.task, item.annotations, item.extra)).encode("utf-8", "surrogatepass"))
         for source in item.media:
@@ -245,7 +266,7 @@ def _remove_stale(settings: ImportSettings, done: Mapping[int, dict[str, Any]], 
             (settings.out / name).unlink(missing_ok=True)
 
 
-def _report(results: list[ShardResult], events: list[LedgerEvent]) -> ImportReport:
+def _report(results: list[ShardResult], events: list[LedgerEvent], counts: list[RuleCount]) -> ImportReport:
     tasks: Counter[str] = Counter()
     for result in results:
         tasks.update(result.tasks)
@@ -258,6 +279,7 @@ def _report(results: list[ShardResult], events: list[LedgerEvent]) -> ImportRepo
         bytes=sum(result.bytes for result in results),
         tasks=dict(sorted(tasks.items())),
         reasons=dict(sorted(Counter(event.reason for event in events).items())),
+        cleaning=counts,
     )
 
 

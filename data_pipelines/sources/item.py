@@ -97,12 +97,16 @@ class Annotations:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One document to be. `key` is unique in its import, without a dot in its last part; `task` None: by content."""
+    """One document to be. `key` is unique in its import, without a dot in its last part; `task` None: by content.
+
+    `score` is the source's own measure of how well picture and text match; only the cleaning rules look at it.
+    """
 
     key: str
     annotations: Annotations
     media: tuple[MediaSource, ...] = ()
     task: str | None = None
+    score: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 

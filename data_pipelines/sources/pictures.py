@@ -90,7 +90,7 @@ def open_media(source: MediaSource, key: str, clips: ClipDecoder) -> Picture:
         MediaError: missing, empty, too large, no picture or clip by content, or broken as far as that shows without
             decoding (all of it where a picture must be turned, the first frame of a clip).
     """
-    data = _read(source, key)
+    data = read_media(source, key)
     if source.kind == "video":
         clip = clips.probe(data, source.name, key)
         return Picture(data, _video_extension(source.name, data, key), clip, 1, (clip.width, clip.height))
@@ -185,7 +185,12 @@ def media_bytes(source: MediaSource) -> int:
         return 0
 
 
-def _read(source: MediaSource, key: str) -> bytes:
+def read_media(source: MediaSource, key: str) -> bytes:
+    """The bytes of a medium.
+
+    Raises:
+        MediaError: missing, empty, cut, or over the limit of bytes.
+    """
     if media_bytes(source) > MAX_SOURCE_BYTES:
         raise MediaError(
             key, "too_many_bytes", f"{shown(source.name)} has {media_bytes(source)} bytes, limit {MAX_SOURCE_BYTES}"

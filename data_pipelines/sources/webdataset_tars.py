@@ -22,6 +22,7 @@ from data_pipelines.sources.keys import key_of
 
 HELP = "webdataset tars: img2dataset, GRIT, or shards in this project's form"
 MAX_TEXT_BYTES = 64 << 20
+_SCORES = ("similarity", "clip_similarity_vitb32", "clip_similarity_vitl14", "clip_l14_similarity_score", "score")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,16 @@ def _item(key: str, sample: TarSample, file: LocalFile, path: Path, min_score: f
     caption = text(key, "caption", caption).strip()
     grounded, referring = read_grit(key, data, caption, min_score)
     relative = MediaSource(names[0], "image", path, sources[0].offset, sources[0].length, relative=True)
-    return Item(key, Annotations(captions=(caption,), grounded=grounded, referring=referring), (relative,))
+    annotations = Annotations(captions=(caption,), grounded=grounded, referring=referring)
+    return Item(key, annotations, (relative,), score=_score(data))
+
+
+def _score(data: dict[str, Any]) -> float | None:
+    """The similarity of picture and caption under any of its usual names."""
+    given = (data.get(name) for name in _SCORES)
+    return next(
+        (float(score) for score in given if isinstance(score, int | float) and not isinstance(score, bool)), None
+    )
 
 
 def read_grit(
