@@ -57,7 +57,7 @@ def prepare_data(run: RunConfig, world: World, monitor: Monitor) -> None:
     demo = run.data.demo
     if demo is None:
         return
-    monitor.console.print(f"demo data in {run.data.root}", highlight=False)
+    monitor.console.print(f"demo data in {run.data.root}", highlight=False, soft_wrap=True)
     total = demo.num_pictures + demo.num_clips
 
     def build() -> None:
@@ -110,7 +110,7 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
     folder = Path(run.run_dir) / name
     result = folder / "result.json"
     if world.from_main(result.exists) and run.resume == "auto":
-        monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False)
+        monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return
     stage = run.stages[name]
     init = world.from_main(lambda: initial_weights(run, name))

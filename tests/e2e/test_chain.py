@@ -11,6 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+from data_pipelines.config import MediaConfig
+from data_pipelines.encode.sample import SampleEncoder
+from data_pipelines.index.build import Counting
+from data_pipelines.index.source import SourceIndex
+from data_pipelines.pack.collate import collate
+from data_pipelines.tokenizer import TextTokenizer
+from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.model.qwen2vl import LogitsRequest, Qwen2VL
+from qwen2vl_train.model.weights import load_hf
+from tests.model.builders import reference_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["language", "vision", "multitask", "instruct"]
@@ -75,27 +87,21 @@ def test_the_summary_holds_every_stage_and_is_the_last_line_printed(finished):
 
 @pytest.mark.distributed
 def test_the_export_loads_in_transformers_with_the_trainers_logits(finished):
-    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
-
-    from data_pipelines.tokenizer import TextTokenizer
-    from qwen2vl_train.model.config import ModelConfig
-    from qwen2vl_train.model.qwen2vl import LogitsRequest, Qwen2VL
-    from qwen2vl_train.model.weights import load_hf
-    from tests.model.packs import image_pack
-
     export = finished[0] / "instruct" / "export"
     theirs, loading = Qwen2VLForConditionalGeneration.from_pretrained(export, dtype="float32", output_loading_info=True)
-    assert not loading["missing_keys"]
-    assert not loading["unexpected_keys"]
-    assert not loading["mismatched_keys"]
-    tokenizer = TextTokenizer(export)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert AutoTokenizer.from_pretrained(export).chat_template
     ours = Qwen2VL(ModelConfig.from_hf(export))
     load_hf(ours, export)
-    batch, inputs = image_pack(tokenizer)
+    tokenizer = TextTokenizer(export)
+    encoder = SampleEncoder(tokenizer, "chatml", MediaConfig(min_pixels=3136, max_pixels=31360), 512)
+    shard = str(finished[0].parent.parent / "demo-data" / "heldout" / "referring-00000.tar")
+    source = SourceIndex("referring", [shard], Counting(tokenizer, "chatml"))
+    _, record, _, read = next(source.records())
+    batch = collate(0, [encoder.encode(record, read)[0]], tokenizer.special, 512)
     with torch.no_grad():
         mine = ours(LogitsRequest(batch, torch.arange(batch.num_tokens)))
-        reference = theirs(**inputs).logits[0]
+        reference = theirs(**reference_inputs(batch)).logits[0]
     torch.testing.assert_close(mine, reference, rtol=0, atol=1e-4)
 
 
@@ -103,7 +109,6 @@ def test_the_export_loads_in_transformers_with_the_trainers_logits(finished):
 @pytest.mark.faults
 def test_a_killed_rank_ends_the_run_and_the_same_command_continues_bitwise(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    (folder.parent / "demo-data").exists()
     process = subprocess.Popen(
         command(folder), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
