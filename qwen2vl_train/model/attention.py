@@ -69,7 +69,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal
     """Softmax attention inside each segment; query [T, H, d], key and value [T, G, d] -> [T, H, d]."""
     if segments.runs is None:
         return _varlen(query, key, value, segments, causal)
-    return _reference(query, key, value, segments.runs, causal)
+    mixed: Tensor = _reference(query, key, value, segments.runs, causal)
+    return mixed
 
 
 def _runs(lengths: Sequence[int]) -> list[Run]:
@@ -83,6 +84,7 @@ def _runs(lengths: Sequence[int]) -> list[Run]:
     return runs
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # each list of lengths would be a graph of its own
 def _reference(query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], causal: bool) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     outputs = []

@@ -53,7 +53,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             losses[part] = _chunk(
-                hidden[part], weight, targets[part, None], None if grad_hidden is None else grad_hidden[part], grad_weight
+                hidden[part],
+                weight,
+                targets[part, None],
+                None if grad_hidden is None else grad_hidden[part],
+                grad_weight,
             )
 
         ctx.gradients = (grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))

@@ -83,7 +83,7 @@ class TextMlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm decoder layer; [T, D] -> [T, D]."""
+    """One pre-norm decoder layer; [T, D] -> [T, D]. `inner` does the work, so that it can be compiled alone."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -91,8 +91,13 @@ class DecoderLayer(nn.Module):
         self.self_attn = TextAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = TextMlp(config)
+        self.inner = self._layer
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments, cache: LayerCache | None = None) -> Tensor:
+        # generation changes the cache's shape at every step: it stays with the plain function
+        return self.inner(x, rotary, segments, cache) if cache is None else self._layer(x, rotary, segments, cache)
+
+    def _layer(self, x: Tensor, rotary: Rotary, segments: Segments, cache: LayerCache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, segments, cache)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out

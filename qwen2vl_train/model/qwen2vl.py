@@ -85,6 +85,15 @@ class Qwen2VL(nn.Module):
             hidden = self._continue(batch)
         return F.linear(hidden[batch.rows], self._output_weight()).float()
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the inner function of every ViT and decoder block for any length.
+
+        Under ZeRO-3 make each block a leaf module (`set_z3_leaf_modules`): the weights are then gathered around the
+        block and no hook breaks its graph. The reference attention stays outside, since it loops over documents.
+        """
+        for block in (*self.visual.blocks, *self.model.layers):
+            block.inner = torch.compile(block.inner, backend=backend, dynamic=True)
+
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """[T, D] after the final norm."""
         return self._read(batch, None)

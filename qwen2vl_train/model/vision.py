@@ -108,7 +108,7 @@ class VisionMlp(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """One pre-norm transformer layer; [P, W] -> [P, W]."""
+    """One pre-norm transformer layer; [P, W] -> [P, W]. `inner` does the work, so that it can be compiled alone."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -116,8 +116,12 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         self.attn = VisionAttention(config)
         self.mlp = VisionMlp(config)
+        self.inner = self._layer
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        return self.inner(x, rotary, segments)
+
+    def _layer(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary, segments)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
