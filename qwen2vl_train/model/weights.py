@@ -129,9 +129,11 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def initialise(model: Qwen2VL, seed: int, std: float | None = None, residual_scaling: bool = False) -> None:
-    """Fill a plain model with `InitialValues`."""
-    load(model, InitialValues(model, seed, std, residual_scaling))
+def initialise(
+    model: Qwen2VL, seed: int, std: float | None = None, residual_scaling: bool = False, rank: int = 0
+) -> None:
+    """Fill a plain or partitioned model with `InitialValues`."""
+    load(model, InitialValues(model, seed, std, residual_scaling), rank)
 
 
 def load_hf(model: Qwen2VL, folder: str | Path, rank: int = 0) -> None:

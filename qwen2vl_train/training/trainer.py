@@ -22,7 +22,7 @@ from qwen2vl_train.model.parts import audit, format_audit, freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise, load_hf
 from qwen2vl_train.training.checkpoint import CheckpointStore
-from qwen2vl_train.training.engine import Engine
+from qwen2vl_train.training.engine import Engine, building
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.optim import parameter_groups
 from qwen2vl_train.training.schedule import rate_factor
@@ -104,18 +104,18 @@ class Trainer:
         return progress
 
     def _build_engine(self) -> Engine:
-        """The model on every rank alike, its parts frozen by rule, partitioned by the engine."""
+        """The model with its parts frozen by rule; under ZeRO-3 each rank makes and fills its own share only."""
         settings = self._run.model
-        model = Qwen2VL(
-            self._model_config, settings.attention, settings.vision_checkpointing, settings.text_checkpointing
-        )
+        with building(self._run.engine, self._world):
+            model = Qwen2VL(
+                self._model_config, settings.attention, settings.vision_checkpointing, settings.text_checkpointing
+            )
         if self._init is None:
-            initialise(model, self._run.seed)
+            initialise(model, self._run.seed, rank=self._world.rank)
         else:
-            load_hf(model, self._init)
+            load_hf(model, self._init, rank=self._world.rank)
         freeze(model, self._stage.trainable)
         self._monitor.console.print(format_audit(audit(model, self._stage.trainable)), style="dim", highlight=False)
-        model.to(self._world.device)
         groups = parameter_groups(model, self._stage.optim, self._model_config.vision.depth)
         return Engine(model, groups, self._stage.optim, self._run.engine, self._world, self._accumulation)
 

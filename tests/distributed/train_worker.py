@@ -13,7 +13,7 @@ from qwen2vl_train.config import EngineConfig, LearningRates, OptimConfig
 from qwen2vl_train.model.parts import freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise
-from qwen2vl_train.training.engine import Engine
+from qwen2vl_train.training.engine import Engine, building
 from qwen2vl_train.training.optim import parameter_groups
 from qwen2vl_train.training.step import LossTotals, train_step
 from qwen2vl_train.training.world import end_world, start_world
@@ -24,11 +24,12 @@ def main() -> None:
     out, zero_stage, trainable, steps, packs_per_step = sys.argv[1:]
     torch.set_num_threads(1)
     world = start_world(60)
-    model = Qwen2VL(CONFIG)
-    initialise(model, seed=1)
+    config = EngineConfig(int(zero_stage), "fp32", param_persistence_threshold=0, prefetch_bucket_size=100_000)
+    with building(config, world):
+        model = Qwen2VL(CONFIG)
+    initialise(model, seed=1, rank=world.rank)
     freeze(model, trainable.split(","))
     optim = OptimConfig(LearningRates(1e-3, 1e-3, 1e-3), clip_norm=0.5)
-    config = EngineConfig(int(zero_stage), "fp32", param_persistence_threshold=0, prefetch_bucket_size=100_000)
     groups = parameter_groups(model, optim, CONFIG.vision.depth)
     batch = int(packs_per_step)
     engine = Engine(model, groups, optim, config, world, batch // world.size)
