@@ -50,6 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(train)
     train.set_defaults(run=_train)
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model folder on an experiment's held-out sets",
+        description="Greedy answers to the held-out questions of an experiment, scored per task against the truth.",
+    )
+    evaluate.add_argument("model", type=Path, metavar="MODEL", help="a Qwen2-VL folder, e.g. runs/demo/instruct/export")
+    evaluate.add_argument("--stage", default="instruct", help="whose template and budgets to use (%(default)s)")
+    _add_overrides(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
     config = commands.add_parser("config", help="print the composed and validated configuration as YAML")
     _add_overrides(config)
     config.set_defaults(run=_config)
@@ -77,6 +87,23 @@ def _train(options: argparse.Namespace) -> int:
         if world.is_main:
             print_summary(summary)
         world.barrier()
+    finally:
+        end_world()
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    run, _ = load_config(options.overrides, options.config_dir)
+    if options.stage not in run.stages or not run.data.heldout:
+        raise ConfigError(f"--stage {options.stage}: choose of {list(run.stages)}; data.heldout={run.data.heldout}")
+    from qwen2vl_train.evaluation.runner import evaluate
+    from qwen2vl_train.training.world import end_world, start_world
+
+    world = start_world(run.engine.timeout_s)
+    try:
+        report = evaluate(options.model, run.data.heldout, run.stages[options.stage].data, run.evaluation, world)
+        if world.is_main:
+            print(json.dumps({"held_out": report.metrics, "majority": report.baseline}, indent=1))
     finally:
         end_world()
     return 0
