@@ -24,9 +24,9 @@ def caption(text: str, grounding: bool = False) -> str:
     return f"Generate the caption in {language(text)}{' with grounding' if grounding else ''}:"
 
 
-def another_caption(text: str) -> str:
+def another_caption(text: str, grounding: bool = False) -> str:
     """The prompt of a picture's second and further captions, so that equal prompts never have different answers."""
-    return f"Generate another caption in {language(text)}:"
+    return f"Generate another caption in {language(text)}{' with grounding' if grounding else ''}:"
 
 
 def video_caption(text: str) -> str:

@@ -76,8 +76,9 @@ def _turns(annotations: Annotations, kind: MediaKind) -> Iterator[Turn]:
         if kind == "video":
             asked = prompts.another_caption(caption) if i else prompts.video_caption(caption)
         yield Turn("video" if kind == "video" else "caption", (text_part(asked),), (text_part(caption),))
-    for grounded in annotations.grounded:
-        asked = prompts.caption(grounded.caption, grounding=True)
+    for i, grounded in enumerate(annotations.grounded):
+        prompt = prompts.another_caption if i else prompts.caption
+        asked = prompt(grounded.caption, grounding=True)
         yield Turn("grounded_caption", (text_part(asked),), _grounded_parts(grounded))
     if annotations.objects:
         yield Turn("grounded_caption", (text_part(prompts.OBJECTS),), _object_parts(annotations.objects))

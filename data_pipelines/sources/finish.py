@@ -85,13 +85,18 @@ class _Placing:
         self._events = events
 
     def place(self, annotations: Annotations) -> Annotations:
-        spans = []
-        for grounded in annotations.grounded:
-            placed = [(start, stop, self._boxes("grounded", boxes)) for start, stop, boxes in grounded.spans]
-            spans.append(Grounded(grounded.caption, tuple(span for span in placed if span[2])))
+        grounded, captions = [], list(annotations.captions)
+        for entry in annotations.grounded:
+            placed = ((start, stop, self._boxes("grounded", boxes)) for start, stop, boxes in entry.spans)
+            spans = tuple(span for span in placed if span[2])
+            if spans:
+                grounded.append(Grounded(entry.caption, spans))
+            elif entry.caption not in captions:
+                captions.append(entry.caption)  # without a box left, it is a caption like any other
         return replace(
             annotations,
-            grounded=tuple(spans),
+            captions=tuple(captions),
+            grounded=tuple(grounded),
             objects=self._labelled("objects", annotations.objects),
             referring=self._labelled("referring", annotations.referring),
             regions=self._labelled("regions", annotations.regions),

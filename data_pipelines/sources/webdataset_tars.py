@@ -78,10 +78,10 @@ def _item(key: str, sample: TarSample, file: LocalFile, path: Path, min_score: f
             caption = texts["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecordError(key, "bad_text", f"txt member is not UTF-8 at byte {error.start}") from error
-    caption = text(key, "caption", caption).strip()
+    caption = text(key, "caption", caption)
     grounded, referring = read_grit(key, data, caption, min_score)
     relative = MediaSource(names[0], "image", path, sources[0].offset, sources[0].length, relative=True)
-    annotations = Annotations(captions=(caption,), grounded=grounded, referring=referring)
+    annotations = Annotations(captions=(caption.strip(),), grounded=grounded, referring=referring)
     return Item(key, annotations, (relative,), score=_score(data))
 
 

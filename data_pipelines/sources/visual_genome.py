@@ -1,0 +1,100 @@
+"""Visual Genome region descriptions → documents that ask what is in a box and where a phrase is.
+
+Format (visualgenome.org/api): region_descriptions.json, [{"id": image id, "regions": [{"x", "y", "width", "height",
+"phrase"}]}]; image_data.json (optional), [{"image_id", "width", "height"}], checks that boxes belong to the pictures at
+hand. Pictures lie in VG_100K and VG_100K_2. Every region is asked for its phrase; a phrase that one region alone has is
+asked for its place (Qwen-VL's "grounded captioning" and "referring grounding").
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.decode.fields import fail, mapping, number, sequence, text
+from data_pipelines.errors import DataError, MediaError
+from data_pipelines.sources.coco import declared_size
+from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
+from data_pipelines.sources.json_files import read_json
+from data_pipelines.sources.pictures import resolve_media
+
+HELP = "Visual Genome region descriptions: box → phrase and phrase → box"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `import visual-genome`."""
+    parser.add_argument("regions", type=Path, metavar="JSON", help="region_descriptions.json")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders of the pictures (VG_100K VG_100K_2)",
+    )
+    parser.add_argument("--image-data", type=Path, metavar="JSON", help="image_data.json: the annotated sizes")
+    parser.add_argument("--max-regions", type=int, default=0, metavar="N", help="at most N regions a picture (0: all)")
+
+
+def read(options: argparse.Namespace) -> Entries:
+    """The items that the options name."""
+    yield from read_visual_genome(options.regions, options.images, options.image_data, options.max_regions)
+
+
+def read_visual_genome(
+    path: Path, folders: Sequence[Path], image_data: Path | None = None, max_regions: int = 0
+) -> Entries:
+    """One item a picture. Regions beyond `max_regions` are left out, the first stay."""
+    sizes = {} if image_data is None else _sizes(image_data)
+    for i, value in enumerate(sequence(path.name, "file", read_json(path))):
+        key = f"picture-{i:07d}"
+        try:
+            entry = mapping(key, f"[{i}]", value)
+            named = entry.get("id", entry.get("image_id"))
+            if isinstance(named, bool) or not isinstance(named, int):
+                fail(key, "id", named, "needs an integer", "no_media")
+            key = f"{named:07d}"
+            yield _item(key, entry, folders, sizes.get(named), max_regions)
+        except DataError as error:
+            yield problem(key, error.reason, error.message)
+
+
+def _item(
+    key: str, entry: dict[str, Any], folders: Sequence[Path], size: tuple[int, int] | None, max_regions: int
+) -> Item:
+    regions = []
+    for i, value in enumerate(sequence(key, "regions", entry.get("regions"))):
+        region = mapping(key, f"regions[{i}]", value)
+        x, y, width, height = (
+            number(key, f"regions[{i}].{side}", region.get(side), -1e6, 1e6, "bad_box")
+            for side in ("x", "y", "width", "height")
+        )
+        phrase = text(key, f"regions[{i}].phrase", region.get("phrase")).strip()
+        regions.append(Labelled(phrase, ((x, y, x + width, y + height),)))
+    if max_regions:
+        regions = regions[:max_regions]
+    counts = Counter(region.phrase.lower() for region in regions)
+    single = tuple(region for region in regions if counts[region.phrase.lower()] == 1)
+    picture = _find(f"{int(key)}.jpg", folders, key)
+    media = (MediaSource(picture.name, "image", picture, size=size),)
+    return Item(key, Annotations(regions=tuple(regions), referring=single), media)
+
+
+def _find(name: str, folders: Sequence[Path], key: str) -> Path:
+    for folder in folders:
+        try:
+            return resolve_media(name, folder, None, key)
+        except MediaError:
+            continue
+    raise MediaError(key, "missing_media", f"{name} is in none of {', '.join(str(folder) for folder in folders)}")
+
+
+def _sizes(path: Path) -> dict[int, tuple[int, int]]:
+    sizes = {}
+    for entry in sequence(path.name, "file", read_json(path)):
+        if isinstance(entry, dict) and isinstance(entry.get("image_id"), int) and (size := declared_size(entry)):
+            sizes[entry["image_id"]] = size
+    return sizes
