@@ -164,7 +164,10 @@ def read_frames(
 
 def read_decord(source: str | io.BytesIO, facts: ClipFacts, numbers: Sequence[int], height: int, width: int) -> Frames:
     """As `read_frames`, by decord (which applies rotation itself, before resizing)."""
-    import decord
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise _missing("decord", error) from error
 
     reader = decord.VideoReader(source, width=width, height=height, num_threads=1)
     if len(reader) != len(facts.times):
@@ -180,9 +183,13 @@ def read_decord(source: str | io.BytesIO, facts: ClipFacts, numbers: Sequence[in
 def read_torchcodec(
     source: str | io.BytesIO, facts: ClipFacts, numbers: Sequence[int], height: int, width: int
 ) -> Frames:
-    """As `read_frames`, by torchcodec; frames are resized one by one with torch's antialiased bilinear."""
+    """As `read_frames`, by torchcodec (which applies rotation); resized with torch's antialiased bilinear filter."""
     from torch.nn import functional
-    from torchcodec.decoders import VideoDecoder
+
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # absent, or its FFmpeg libraries are
+        raise _missing("torchcodec", error) from error
 
     decoder = VideoDecoder(source, num_ffmpeg_threads=1, seek_mode="exact")
     if decoder.metadata.num_frames != len(facts.times):
@@ -190,8 +197,6 @@ def read_torchcodec(
     out = np.empty((len(numbers), height, width, 3), dtype=np.uint8)
     for i, number in enumerate(numbers):
         frame = decoder.get_frame_at(int(number)).data
-        if frame.shape[1:] == (facts.width, facts.height) and facts.turns % 2:
-            frame = frame.rot90(facts.turns, (1, 2))
         resized = functional.interpolate(frame[None], size=(height, width), mode="bilinear", antialias=True)
         out[i] = resized[0].permute(1, 2, 0).numpy()
     return out
@@ -254,12 +259,14 @@ def _guarded(
         source.seek(0)
     try:
         return read(source, facts, numbers, height, width)
-    except ImportError as error:
-        raise ClipError("no_backend", f"{error}; install it or set video_backend to auto") from error
     except ClipError:
         raise
     except Exception as error:
         raise ClipError("corrupt_clip", f"{read.__name__} fails: {str(error)[:200]}") from error
+
+
+def _missing(name: str, error: Exception) -> ClipError:
+    return ClipError("no_backend", f"{name} cannot be imported ({str(error)[:100]}); install it or use another backend")
 
 
 def _list_packets(container: Any, stream: Any) -> tuple[list[Any], str]:

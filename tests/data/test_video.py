@@ -122,14 +122,18 @@ def test_frames_come_as_planned(plain, decoder):
     assert levels(frames) == [0, 6, 11, 17, 22, 28, 33, 39]
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_backends_agree(plain, backend):
     media = probe_video(plain, "0.mp4", "key")
     item = MediaPlan("video", (10, 4, 6), 20)
-    other = read_clip(plain, media, item, "key", backend="decord" if backend == "pyav" else "pyav").int()
-    frames = read_clip(plain, media, item, "key", backend=backend).int()
-    assert levels(frames) == levels(other)
-    assert (frames - other).abs().float().mean() < 1.0
+    expected = read_clip(plain, media, item, "key", backend="pyav").int()
+    try:
+        frames = read_clip(plain, media, item, "key", backend=backend).int()
+    except MediaError as error:
+        assert error.reason == "no_backend"
+        pytest.skip(error.message)
+    assert levels(frames) == levels(expected)
+    assert (frames - expected).abs().float().mean() < 2.0
 
 
 def test_pyav_decodes_only_what_is_needed(plain):
@@ -375,17 +379,11 @@ def test_unknown_backend_is_refused():
         ClipDecoder("ffmpeg")
 
 
-def test_missing_backend_is_named(plain, decoder):
-    pytest.importorskip("torch")
-    try:
-        import torchcodec  # noqa: F401
-
-        pytest.skip("torchcodec is installed")
-    except (ImportError, RuntimeError, OSError):
-        pass
-    media = probe_video(plain, "0.mp4", "key")
-    with pytest.raises(MediaError, match="torchcodec"):
-        read_clip(plain, media, plan(media), "key", backend="torchcodec")
+def test_a_missing_backend_is_named(plain, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ClipError, match="decord cannot be imported") as caught:
+        read_decord(io.BytesIO(plain), open_clip(io.BytesIO(plain)), [0], 48, 64)
+    assert caught.value.reason == "no_backend"
 
 
 def test_the_decoder_process_needs_neither_torch_nor_transformers():
