@@ -11,10 +11,12 @@ A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -231,3 +233,6 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)  # it died before the line above: nobody would ever end this worker
