@@ -105,6 +105,7 @@ def _common_options() -> argparse.ArgumentParser:
         "--processes", type=_positive, default=1, metavar="N", help=f"worker processes (this machine: {os.cpu_count()})"
     )
     group.add_argument("--clean", type=Path, metavar="YAML", help="cleaning rules (see configs/cleaning)")
+    group.add_argument("--verify", action="store_true", help="decode every picture once, to find damaged ones now")
     group.add_argument("--overwrite", action="store_true", help="replace a finished import in the folder")
     return common
 
@@ -135,6 +136,7 @@ def _settings(options: argparse.Namespace) -> ImportSettings:
         max_bytes=options.max_bytes,
         processes=options.processes,
         overwrite=options.overwrite,
+        verify=options.verify,
         rules=read_rules(options.clean) if options.clean is not None else (),
     )
 

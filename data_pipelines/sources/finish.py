@@ -36,14 +36,26 @@ class Finished:
     events: list[LedgerEvent]
 
 
-def finish(item: Item, clips: ClipDecoder, rules: Rules = (), counts: Sequence[RuleCount] = ()) -> Finished:
-    """Make the sample of `item`; `clips` probes its clips, `rules` clean it and are counted in `counts`.
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """How items are finished: what probes clips, whether pictures are decoded to verify them, the cleaning rules and
+    where they are counted.
+    """
+
+    clips: ClipDecoder
+    verify: bool = False
+    rules: Rules = ()
+    counts: Sequence[RuleCount] = ()
+
+
+def finish(item: Item, treatment: Treatment) -> Finished:
+    """Make the sample of `item`.
 
     Raises:
         MediaError, RecordError: where a medium or the record as a whole is unusable; "no_annotation" where there is
             nothing to learn; the name of the cleaning rule that dropped it.
     """
-    pictures = [open_media(source, item.key, clips) for source in item.media]
+    pictures = [open_media(source, item.key, treatment.clips, treatment.verify) for source in item.media]
     names = [f"{i}.{picture.extension}" for i, picture in enumerate(pictures)]
     events: list[LedgerEvent] = []
     annotations = item.annotations
@@ -51,9 +63,9 @@ def finish(item: Item, clips: ClipDecoder, rules: Rules = (), counts: Sequence[R
         annotations = _Placing(item, pictures[0], events).place(annotations)
         told = tuple(_place_regions(message, item, pictures) for message in annotations.messages)
         annotations = replace(annotations, messages=told)
-    if rules:
+    if treatment.rules:
         sample = Sample(item.key, annotations, tuple(picture.media for picture in pictures), item.score)
-        cleaned = clean(sample, rules, counts)
+        cleaned = clean(sample, treatment.rules, treatment.counts)
         if isinstance(cleaned, str):
             raise RecordError(item.key, cleaned, "dropped by this cleaning rule")
         annotations = cleaned.annotations
@@ -189,12 +201,10 @@ def _cell(value: float, size: int) -> float:
     return (min(value, GRID - 1) + 0.5) / GRID * size
 
 
-def attempt(
-    item: Item, clips: ClipDecoder, rules: Rules, counts: Sequence[RuleCount]
-) -> tuple[Finished | None, list[LedgerEvent]]:
+def attempt(item: Item, treatment: Treatment) -> tuple[Finished | None, list[LedgerEvent]]:
     """`finish`, with an unusable item as its ledger line."""
     try:
-        finished = finish(item, clips, rules, counts)
+        finished = finish(item, treatment)
     except DataError as error:
         return None, [problem(item.key, error.reason, error.message)]
     return finished, finished.events

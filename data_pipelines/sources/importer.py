@@ -26,7 +26,7 @@ from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.writer import MANIFEST_NAME, ShardWriter, write_manifest
 from data_pipelines.sources.cleaning import DUPLICATE_RULES, RuleCount, Rules, new_counts
 from data_pipelines.sources.duplicates import drop_duplicates
-from data_pipelines.sources.finish import attempt
+from data_pipelines.sources.finish import Treatment, attempt
 from data_pipelines.sources.item import Item, problem
 from data_pipelines.sources.pictures import media_bytes
 
@@ -46,6 +46,7 @@ class ImportSettings:
     max_bytes: int = 512 << 20
     processes: int = 1
     overwrite: bool = False
+    verify: bool = False
     rules: Rules = ()
 
 
@@ -220,8 +221,9 @@ def _write_group(group: _Group, settings: ImportSettings) -> ShardResult:
         manifest=None,
     )
     with writer, closing(ClipDecoder()) as clips:
+        treatment = Treatment(clips, settings.verify, settings.rules, result.cleaning)
         for item in group.items:
-            finished, events = attempt(item, clips, settings.rules, result.cleaning)
+            finished, events = attempt(item, treatment)
             result.events += events
             if finished is not None:
                 try:
@@ -242,7 +244,7 @@ def _write_group(group: _Group, settings: ImportSettings) -> ShardResult:
 
 def _digest(group: _Group, settings: ImportSettings) -> str:
     """What a shard is made from: its items, the state of their files, and what is done to them."""
-    digest = hashlib.sha256(repr((settings.name, settings.rules)).encode())
+    digest = hashlib.sha256(repr((settings.name, settings.verify, settings.rules)).encode())
     for item in group.items:
         digest.update(repr((item.key, item.task, item.annotations, item.extra)).encode("utf-8", "surrogatepass"))
         for source in item.media:

@@ -30,6 +30,7 @@ from data_pipelines.sources.item import Box, MediaSource
 MAX_SOURCE_BYTES = 1 << 30
 MAX_SOURCE_PIXELS = 200_000_000
 JPEG_QUALITY = 95
+MAX_ASPECT_RATIO = 200  # beyond it, the model's resizing has no answer
 
 _IMAGE_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "jpg"),
@@ -83,8 +84,10 @@ class Picture:
         return {**size, "duration_s": media.duration_s, "fps": media.fps, "frames": media.frames}
 
 
-def open_media(source: MediaSource, key: str, clips: ClipDecoder) -> Picture:
+def open_media(source: MediaSource, key: str, clips: ClipDecoder, verify: bool = False) -> Picture:
     """Read, check and turn one medium; clips are probed in a process of their own, under a deadline.
+
+    `verify` decodes every picture once (4 ms a megapixel), so that cut and damaged ones are told now, not in training.
 
     Raises:
         MediaError: missing, empty, too large, no picture or clip by content, or broken as far as that shows without
@@ -101,7 +104,12 @@ def open_media(source: MediaSource, key: str, clips: ClipDecoder) -> Picture:
     if media.width * media.height > MAX_SOURCE_PIXELS:
         pixels = f"{media.width} x {media.height} pixels"
         raise MediaError(key, "too_many_pixels", f"{shown(source.name)} has {pixels}, limit {MAX_SOURCE_PIXELS}")
+    if max(media.width, media.height) > MAX_ASPECT_RATIO * min(media.width, media.height):
+        shape = f"{media.width} x {media.height} pixels"
+        raise MediaError(key, "bad_aspect", f"{shown(source.name)}, {shape}: no side may be 200 times the other")
     orientation = image_orientation(data, key)
+    if orientation == 1 and verify:
+        decode_image(data, key, MAX_SOURCE_PIXELS)
     if orientation == 1:
         return Picture(data, suffix, media, 1, (media.width, media.height))
     return _turned(data, suffix, media, orientation, key)

@@ -90,6 +90,18 @@ def test_names_that_lead_outside_are_refused(tmp_path, make_picture):
         assert caught.value.reason == "missing_media", name
 
 
+def test_cut_pictures_pass_unless_they_are_verified_and_strips_never_do(tmp_path, make_picture, load):
+    whole = make_picture("a.jpg", width=400, height=300)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:-400])
+    make_picture("strip.png", width=402, height=2, form="PNG")
+    entries = [
+        Item(name[:-4], Annotations(label="x"), (MediaSource(name, "image", tmp_path / name),))
+        for name in ("a.jpg", "cut.jpg", "strip.png")
+    ]
+    assert load(entries).reasons() == [("strip", "bad_aspect")]
+    assert load(entries, verify=True).reasons() == [("cut", "corrupt_image"), ("strip", "bad_aspect")]
+
+
 def test_content_decides_what_a_file_is(tmp_path, make_picture, load):
     make_picture("named.png", form="WEBP")
     (tmp_path / "page.jpg").write_bytes(b"<html>404</html>")
