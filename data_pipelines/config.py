@@ -12,8 +12,8 @@ Template = Literal["plain", "chatml"]
 class MediaConfig:
     """Pixel and frame budgets. Pixels count one resized frame; a token is 28 x 28 pixels.
 
-    `max_media_tokens` is the hard limit for all media of a sample (the paper: 16,384 per video); a sample's media get at
-    most min(max_media_tokens, max_tokens - its other tokens), shared among them.
+    `max_media_tokens` is the hard limit for all media of a sample (the paper: 16,384 per video); a sample's media get
+    at most min(max_media_tokens, max_tokens - its other tokens), shared among them.
     `max_source_pixels` and `max_source_bytes` are checked from headers before anything is decoded.
     """
 
@@ -33,21 +33,48 @@ class MediaConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One dataset of the mixture: `shards` are paths or globs of webdataset tars, `weight` its share of samples drawn."""
+    """One dataset of the mixture: `shards` are paths or globs of webdataset tars, `weight` its share of samples drawn.
+
+    `epochs` instead of `weight`, for all sources or none: shares by epochs x samples, so that all end together.
+    `schedule` changes the weight during training: ((tokens, weight), ...), each valid from that many planned tokens on.
+    """
 
     shards: tuple[str, ...]
     weight: float = 1.0
     max_error_rate: float = 0.05
+    epochs: float | None = None
+    schedule: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and (self.weight != 1.0 or self.schedule):
+            raise ValueError(f"epochs={self.epochs} decides the share: leave out weight and schedule")
+        if any(a[0] >= b[0] for a, b in zip(self.schedule, self.schedule[1:], strict=False)):
+            raise ValueError(f"schedule={self.schedule}: token counts must rise")
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Packing: at most `max_tokens` LLM tokens and `max_patches` ViT patches a pack, chosen from a pool of open samples."""
+    """Packing: at most `max_tokens` LLM tokens and `max_patches` ViT patches a pack, chosen from a pool of samples.
+
+    `packing` "task" packs only samples of one task kind together (as Qwen-VL did), "single" one document a pack.
+    Order: blocks of `block_size` neighbouring samples, mixed over `window_shards` shards that are open together.
+    `size_temperature` T multiplies each source's weight by its number of samples to the power 1/T (None: does not).
+    """
 
     max_tokens: int = 16384
     max_patches: int = 65536
     pool_size: int = 256
     block_size: int = 1024
+    window_shards: int = 8
+    packing: Literal["pool", "task", "single"] = "pool"
+    size_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_patches", "pool_size", "block_size", "window_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.size_temperature is not None and not self.size_temperature > 0:
+            raise ValueError(f"size_temperature={self.size_temperature}: must be above 0, or null")
 
 
 @dataclass(frozen=True)

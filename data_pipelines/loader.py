@@ -28,6 +28,7 @@ from data_pipelines.errors import DataError, PlanMismatch
 from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.pack.collate import collate
+from data_pipelines.plan.mixture import mixture_phases
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.samples import Encoded, LedgerEvent, PackedBatch
@@ -53,6 +54,14 @@ def open_sources(
     shards = dict.fromkeys(shard for source in sources for shard in source.shards)
     build_missing(list(shards), counting, processes, progress)
     return sources
+
+
+def new_planner(config: DataConfig, sources: list[SourceIndex], seed: int) -> Planner:
+    """The plan of a mixture, at its beginning."""
+    phases = mixture_phases(
+        list(config.sources.values()), lambda: [source.num_samples for source in sources], config.plan.size_temperature
+    )
+    return Planner(sources, phases, config.media, config.plan, seed)
 
 
 class PackLoader:
@@ -143,19 +152,19 @@ class PackLoader:
             shutdown()
 
     def _new_planner(self) -> Planner:
-        weights = [source.weight for source in self._config.sources.values()]
-        return Planner(self._sources, weights, self._config.media, self._config.plan, self._seed)
+        return new_planner(self._config, self._sources, self._seed)
 
     def _identity(self) -> dict[str, Any]:
         """What decides the plan besides its state."""
         config = self._config
+        mixture = {name: [source.weight, source.epochs, source.schedule] for name, source in config.sources.items()}
         return {
             "seed": self._seed,
             "counting": self._sources[0].counting.name,
             "media": repr(config.media),
             "plan": repr(config.plan),
             **{
-                f"source {source.name}": [len(source.shards), source.fingerprint, config.sources[source.name].weight]
+                f"source {source.name}": [len(source.shards), source.fingerprint, repr(mixture[source.name])]
                 for source in self._sources
             },
         }

@@ -58,6 +58,11 @@ class SourceIndex:
         return len(self.shards)
 
     @property
+    def num_samples(self) -> int:
+        """Samples of all shards, whether or not they fit a pack. Opens every index: 0.3 ms a shard."""
+        return sum(self.table(shard).index.num_samples for shard in range(self.num_shards))
+
+    @property
     def fingerprint(self) -> str:
         """Which shards in which order, by file name and size: a data set that was moved stays the same."""
         shards = [f"{os.path.basename(shard)} {os.path.getsize(shard)}" for shard in self.shards]

@@ -8,12 +8,50 @@ count per source to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from data_pipelines.config import SourceConfig
+
 _CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """From `from_tokens` planned tokens on, `weights` [sources] decide the shares."""
+
+    from_tokens: float
+    weights: tuple[float, ...]
+
+
+def mixture_phases(
+    sources: Sequence[SourceConfig], sizes: Callable[[], Sequence[int]], temperature: float | None = None
+) -> tuple[Phase, ...]:
+    """The weights of all sources over training. `sizes` gives the sources' sample counts, called only if they matter.
+
+    Raises:
+        ValueError: some sources state epochs and others weights, or no source has a weight in some phase.
+    """
+    counted = [source.epochs is not None for source in sources]
+    if any(counted) and not all(counted):
+        raise ValueError("some sources state epochs and others do not: state epochs for all, or weights for all")
+    scale: Sequence[float] = [1.0] * len(sources)
+    if all(counted):
+        scale = [(source.epochs or 0.0) * size for source, size in zip(sources, sizes(), strict=True)]
+    elif temperature is not None:
+        scale = [size ** (1 / temperature) for size in sizes()]
+    phases = []
+    for start in sorted({0.0, *(tokens for source in sources for tokens, _ in source.schedule)}):
+        weights = [
+            next((weight for tokens, weight in reversed(source.schedule) if tokens <= start), source.weight)
+            for source in sources
+        ]
+        phases.append(Phase(start, tuple(w * s for w, s in zip(weights, scale, strict=True))))
+        Mixture(phases[-1].weights)  # refuses impossible weights here, not after a billion tokens
+    return tuple(phases)
 
 
 class Mixture:

@@ -1,22 +1,23 @@
 """Which samples share a pack: oldest first, then best fit, from a pool of open samples.
 
 Enters: items with their tokens and patches, drawn as needed. Leaves: packs under both budgets. Costs about 1 µs a
-sample: the pool is kept sorted by length and searched by bisection. No item waits for more packs than the pool holds,
-because each pack begins with the oldest.
+sample: the pool is kept sorted by length and searched by bisection.
+
+Every pack begins with its pool's oldest item, so no sample waits for more packs than the pool holds items.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 _ORDER_BITS = 44
 _ARRIVAL = (1 << _ORDER_BITS) - 1
 
 
 class Item(NamedTuple):
-    """A sample in the plan: where it is, in which of its source's epochs, and what it takes."""
+    """A sample in the plan: where it is, in which of its source's epochs, what it takes, and its task kind's number."""
 
     source: int
     shard: int
@@ -24,48 +25,64 @@ class Item(NamedTuple):
     epoch: int
     tokens: int
     patches: int
+    task: int = 0
+
+
+class Packer(Protocol):
+    """What the planner needs of a packer. `state` is JSON-able and is all that its next packs depend on."""
+
+    def next_pack(self, source: Iterator[Item]) -> list[Item]:
+        """The next pack; `source` gives samples, each within budget, as they are needed."""
+        ...
+
+    def state(self) -> list[list[int]]:
+        """The open samples, each with its age, oldest first."""
+        ...
 
 
 class PoolPacker:
-    """Fills packs of at most `max_tokens` and `max_patches` from a pool that is kept at `pool_size` items.
+    """Fills packs of at most `max_tokens` and `max_patches` from a pool that is kept at `pool_size` items."""
 
-    State: the pool's items, oldest first.
-    """
-
-    def __init__(self, max_tokens: int, max_patches: int, pool_size: int, pool: Sequence[Item] = ()) -> None:
+    def __init__(self, max_tokens: int, max_patches: int, pool_size: int, state: Sequence[Sequence[int]] = ()) -> None:
         self._max_tokens, self._max_patches, self._pool_size = max_tokens, max_patches, pool_size
         # Arrival number → item, in order of arrival; and (tokens, arrival) as one sortable integer.
-        self._items: dict[int, Item] = {}
-        self._sorted: list[int] = []
+        self.items: dict[int, Item] = {}
+        self._ranked: list[int] = []
         self._arrivals = 0
-        for item in pool:
-            self._add(item)
+        for item in state:
+            self.add(Item(*item))
 
-    @property
-    def pool(self) -> tuple[Item, ...]:
+    def state(self) -> list[list[int]]:
         """The open items, oldest first."""
-        return tuple(self._items.values())
+        return [list(item) for item in self.items.values()]
 
-    def next_pack(self, source: Iterator[Item]) -> list[Item]:
-        """The next pack, the oldest item first. `source` refills the pool, each item within budget."""
+    def add(self, item: Item, arrival: int | None = None) -> None:
+        """Open one item. `arrival` numbers rise; by default they count on."""
+        number = self._arrivals if arrival is None else arrival
+        self.items[number] = item
+        insort(self._ranked, item.tokens << _ORDER_BITS | number)
+        self._arrivals = number + 1
+
+    def next_pack(self, source: Iterator[Item] | None) -> list[Item]:
+        """The next pack, the oldest item first. `source` refills the pool after each; None packs what the pool has."""
         # Written out in one loop: this is the planner's inner loop, half of its time.
-        items, ranked, arrivals = self._items, self._sorted, self._arrivals
-        while len(items) < self._pool_size:
-            self._add(next(source))
-            arrivals = self._arrivals
+        items, ranked = self.items, self._ranked
+        while source is not None and len(items) < self._pool_size:
+            self.add(next(source))
         arrival = next(iter(items))
         del ranked[bisect_left(ranked, items[arrival].tokens << _ORDER_BITS | arrival)]
-        tokens, patches = self._max_tokens, self._max_patches
+        arrivals, tokens, patches = self._arrivals, self._max_tokens, self._max_patches
         pack = []
         while True:
             item = items.pop(arrival)
             pack.append(item)
             tokens -= item.tokens
             patches -= item.patches
-            item = next(source)
-            items[arrivals] = item
-            insort(ranked, item.tokens << _ORDER_BITS | arrivals)
-            arrivals += 1
+            if source is not None:
+                item = next(source)
+                items[arrivals] = item
+                insort(ranked, item.tokens << _ORDER_BITS | arrivals)
+                arrivals += 1
             # The longest item that fits the tokens left, then the next shorter until the patches fit too.
             place = bisect_left(ranked, (tokens + 1) << _ORDER_BITS) - 1
             while place >= 0 and items[ranked[place] & _ARRIVAL].patches > patches:
@@ -75,7 +92,62 @@ class PoolPacker:
                 return pack
             arrival = ranked.pop(place) & _ARRIVAL
 
-    def _add(self, item: Item) -> None:
-        self._items[self._arrivals] = item
-        insort(self._sorted, item.tokens << _ORDER_BITS | self._arrivals)
-        self._arrivals += 1
+
+class TaskPacker:
+    """Packs of one task kind each: a pool per kind, and the kind whose pool is ready gives the next pack.
+
+    A pool is ready with a quarter of `pool_size` items and two packs' worth of tokens. A rare kind's pool that has not
+    got so far after 64 x `pool_size` drawn samples gives what it has, so that no sample waits for ever.
+    """
+
+    def __init__(self, max_tokens: int, max_patches: int, pool_size: int, state: Sequence[Sequence[int]] = ()) -> None:
+        self._budgets = (max_tokens, max_patches, pool_size)
+        self._ready_items, self._ready_tokens = max(1, pool_size // 4), 2 * max_tokens
+        self._patience = 64 * pool_size
+        self._pools: dict[int, PoolPacker] = {}
+        self._held: dict[int, int] = {}
+        self._drawn = state[0][0] if state else 0
+        for age, *item in state:
+            self._add(Item(*item), self._drawn - age)
+
+    def state(self) -> list[list[int]]:
+        """The open items by age in drawn samples: [age, *item], oldest first."""
+        open_items = [(arrival, item) for pool in self._pools.values() for arrival, item in pool.items.items()]
+        return [[self._drawn - arrival, *item] for arrival, item in sorted(open_items)]
+
+    def next_pack(self, source: Iterator[Item]) -> list[Item]:
+        """The next pack, of the kind that waited too long, else of the first kind that gets ready."""
+        task = self._overdue()
+        while task is None:
+            item = next(source)
+            self._add(item, self._drawn)
+            self._drawn += 1
+            held = self._held[item.task]
+            if held >= self._ready_tokens and len(self._pools[item.task].items) >= self._ready_items:
+                task = item.task
+        pack = self._pools[task].next_pack(None)
+        self._held[task] -= sum(item.tokens for item in pack)
+        return pack
+
+    def _overdue(self) -> int | None:
+        oldest = [(next(iter(pool.items)), task) for task, pool in self._pools.items() if pool.items]
+        arrival, task = min(oldest, default=(self._drawn, 0))
+        return task if self._drawn - arrival > self._patience else None
+
+    def _add(self, item: Item, arrival: int) -> None:
+        if item.task not in self._pools:
+            self._pools[item.task], self._held[item.task] = PoolPacker(*self._budgets), 0
+        self._pools[item.task].add(item, arrival)
+        self._held[item.task] += item.tokens
+
+
+class SinglePacker:
+    """Every document alone: no packing, for comparison."""
+
+    def state(self) -> list[list[int]]:
+        """Nothing is kept open."""
+        return []
+
+    def next_pack(self, source: Iterator[Item]) -> list[Item]:
+        """The next sample."""
+        return [next(source)]

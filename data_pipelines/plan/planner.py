@@ -19,11 +19,11 @@ from typing import Any
 
 from data_pipelines.config import MediaConfig, PlanConfig
 from data_pipelines.errors import ShardError
-from data_pipelines.index.source import SourceIndex
+from data_pipelines.index.source import ShardTable, SourceIndex
 from data_pipelines.plan.lengths import sample_lengths
-from data_pipelines.plan.mixture import Mixture
+from data_pipelines.plan.mixture import Mixture, Phase
 from data_pipelines.plan.order import SourceOrder
-from data_pipelines.plan.packer import Item, PoolPacker
+from data_pipelines.plan.packer import Item, Packer, PoolPacker, SinglePacker, TaskPacker
 from data_pipelines.samples import LedgerEvent
 
 
@@ -39,53 +39,63 @@ class Pack:
 
 
 class Planner:
-    """Makes packs one after the other. `number` is that of the next pack.
+    """Makes packs one after the other. `number` is that of the next pack, `tokens` how many the packs so far hold.
 
     Raises (from `next_pack` too):
         ShardError: a source without one usable sample, with the reasons.
     """
 
     def __init__(
-        self, sources: Sequence[SourceIndex], weights: Sequence[float], media: MediaConfig, plan: PlanConfig, seed: int
+        self, sources: Sequence[SourceIndex], phases: Sequence[Phase], media: MediaConfig, plan: PlanConfig, seed: int
     ) -> None:
-        self.number = 0
-        self._events: list[LedgerEvent] = []
-        self._weights = list(weights)
-        self._mixture = Mixture(weights)
-        self._packer = PoolPacker(plan.max_tokens, plan.max_patches, plan.pool_size)
-        self._plan = plan
+        self.number = self.tokens = 0
+        self._phases, self._plan = phases, plan
+        self._phase = 0
+        self._mixture = Mixture(phases[0].weights)
+        self._packer = _new_packer(plan, ())
+        self._shared = _Shared([], {} if plan.packing == "task" else None)
         self._cursors = [
-            _Cursor(number, source, media, plan, seed, self._events) for number, source in enumerate(sources)
+            _Cursor(number, source, media, plan, seed, self._shared) for number, source in enumerate(sources)
         ]
         self._items = self._draw_items()
 
     def next_pack(self) -> Pack:
         """The pack `number`; the number advances."""
+        if self._phase + 1 < len(self._phases) and self.tokens >= self._phases[self._phase + 1].from_tokens:
+            self._phase += 1
+            self._mixture = Mixture(self._phases[self._phase].weights)
+            self._items = self._draw_items()
         items = self._packer.next_pack(self._items)
-        events, self._events[:] = tuple(self._events), []
-        self.number += 1
+        events, self._shared.events[:] = tuple(self._shared.events), []
         tokens, patches = sum(item.tokens for item in items), sum(item.patches for item in items)
+        self.number += 1
+        self.tokens += tokens
         return Pack(self.number - 1, tuple(items), tokens, patches, events)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on with the next pack; JSON keeps it exactly."""
         return {
             "number": self.number,
+            "tokens": self.tokens,
+            "phase": self._phase,
             "drawn": list(self._mixture.drawn),
             "cursors": [cursor.state_dict() for cursor in self._cursors],
-            "pool": [list(item) for item in self._packer.pool],
+            "tasks": list(self._shared.tasks or ()),
+            "pool": self._packer.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the same sources, budgets and seed are the caller's to check."""
-        self.number = state["number"]
-        self._mixture = Mixture(self._weights, state["drawn"])
+        self.number, self.tokens, self._phase = state["number"], state["tokens"], state["phase"]
+        self._mixture = Mixture(self._phases[self._phase].weights, state["drawn"])
+        if self._shared.tasks is not None:
+            self._shared.tasks.clear()
+            self._shared.tasks.update({task: number for number, task in enumerate(state["tasks"])})
         for cursor, place in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(place)
-        self._events.clear()
+        self._shared.events.clear()  # told when the blocks were opened first
         self._items = self._draw_items()
-        pool = [Item(*item) for item in state["pool"]]
-        self._packer = PoolPacker(self._plan.max_tokens, self._plan.max_patches, self._plan.pool_size, pool)
+        self._packer = _new_packer(self._plan, state["pool"])
 
     def _draw_items(self) -> Iterator[Item]:
         """The samples in the order in which they enter the pool; its place is that of the mixture and the cursors."""
@@ -97,6 +107,21 @@ class Planner:
                 cursor.refill()
                 item = next(cursor.items, None)
             yield item
+
+
+def _new_packer(plan: PlanConfig, state: Sequence[Sequence[int]]) -> Packer:
+    if plan.packing == "single":
+        return SinglePacker()
+    packer = TaskPacker if plan.packing == "task" else PoolPacker
+    return packer(plan.max_tokens, plan.max_patches, plan.pool_size, state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What the cursors of a plan share: events not yet told; task kinds numbered as they appear (None: all alike)."""
+
+    events: list[LedgerEvent]
+    tasks: dict[str, int] | None
 
 
 class _Cursor:
@@ -112,12 +137,18 @@ class _Cursor:
         media: MediaConfig,
         plan: PlanConfig,
         seed: int,
-        events: list[LedgerEvent],
+        shared: _Shared,
     ) -> None:
         self._number, self._source, self._media, self._plan = number, source, media, plan
-        self._events = events
+        self._events, self._tasks = shared.events, shared.tasks
         self._order = SourceOrder(
-            seed, source.name, source.num_shards, self._shard_size, plan.block_size, entered=self._report_shards
+            seed,
+            source.name,
+            source.num_shards,
+            self._shard_size,
+            plan.block_size,
+            plan.window_shards,
+            entered=self._report_shards,
         )
         self._place = self._order.place
         self._size: int | None = None
@@ -142,7 +173,6 @@ class _Cursor:
             self._open_block()
             for _ in range(state["next"]):
                 next(self.items)
-            self._events.clear()  # told when the block was opened first
 
     def _open_block(self) -> int:
         """Make the next block's usable samples the `items`; their number."""
@@ -155,11 +185,18 @@ class _Cursor:
         tokens, patches, events = sample_lengths(self._source.name, table, block.rows, self._media, self._plan)
         self._events += events
         usable = tokens > 0
-        columns = (block.rows[usable].tolist(), tokens[usable].tolist(), patches[usable].tolist())
+        rows = block.rows[usable].tolist()
+        columns = (rows, tokens[usable].tolist(), patches[usable].tolist(), self._task_numbers(table, rows))
         number, shard, epoch = self._number, block.shard, block.epoch
-        items = [Item(number, shard, row, epoch, n, p) for row, n, p in zip(*columns, strict=True)]
+        items = [Item(number, shard, row, epoch, n, p, task) for row, n, p, task in zip(*columns, strict=True)]
         self._size, self.items = len(items), iter(items)
         return self._size
+
+    def _task_numbers(self, table: ShardTable, rows: Sequence[int]) -> list[int]:
+        tasks = self._tasks
+        if tasks is None:
+            return [0] * len(rows)
+        return [tasks.setdefault(table.index.task(row), len(tasks)) for row in rows]
 
     def _shard_size(self, shard: int) -> int:
         return self._source.table(shard).index.num_samples

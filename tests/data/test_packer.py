@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data_pipelines.plan.packer import Item, PoolPacker
+from data_pipelines.plan.packer import Item, PoolPacker, TaskPacker
 
 
 def items(lengths, patches=None):
@@ -52,7 +52,7 @@ def test_no_item_waits_longer_than_the_pool():
         assert pack[0].row == min(set(range(arrived)) - set(seen), default=pack[0].row)
         seen.update({item.row: number for item in pack})
         assert sum(item.tokens for item in pack) <= 1000
-    waiting = [item.row for item in packer.pool]
+    waiting = [item.row for item in packer.items.values()]
     assert sorted([*seen, *waiting]) == list(range(len(drawn)))
 
 
@@ -63,7 +63,7 @@ def test_a_pool_that_is_put_back_packs_the_same():
     for _ in range(50):
         one.next_pack(place)
     rest = list(place)
-    two = PoolPacker(1000, 900, 32, one.pool)
+    two = PoolPacker(1000, 900, 32, one.state())
     first, second = iter(rest), iter(rest)
     for _ in range(50):
         assert one.next_pack(first) == two.next_pack(second)
@@ -79,3 +79,36 @@ def test_packs_of_many_short_samples_are_full(median, pool):
     fills = [sum(item.tokens for item in packer.next_pack(source)) / 16384 for _ in range(300)]
     assert np.mean(fills) > 0.995
     assert np.mean(np.array(fills) < 0.98) < 0.005
+
+
+def test_a_rare_task_is_packed_before_its_patience_ends():
+    # task 1 is one sample in 1,000: its pool is never ready, its samples wait for at most 64 x 8 draws and one pack
+    drawn = []
+
+    def draw():
+        while True:
+            drawn.append(Item(0, 0, len(drawn), 0, 100, 0, int(len(drawn) % 1000 == 0)))
+            yield drawn[-1]
+
+    packer, source = TaskPacker(1000, 10**6, 8), draw()
+    waits = []
+    while len(drawn) < 20_000:
+        pack = packer.next_pack(source)
+        assert len({item.task for item in pack}) == 1
+        waits += [len(drawn) - item.row for item in pack if item.task == 1]
+    assert len(waits) == 20
+    assert 512 < max(waits) < 512 + 100
+
+
+def test_task_pools_that_are_put_back_pack_the_same():
+    rng = np.random.default_rng(1)
+    lengths, tasks = rng.integers(1, 400, 6000).tolist(), rng.integers(0, 5, 6000).tolist()
+    source = [item._replace(task=task) for item, task in zip(items(lengths), tasks, strict=True)]
+    one, place = TaskPacker(1000, 900, 32), iter(source)
+    for _ in range(100):
+        one.next_pack(place)
+    rest = list(place)
+    two = TaskPacker(1000, 900, 32, one.state())
+    first, second = iter(rest), iter(rest)
+    for _ in range(100):
+        assert one.next_pack(first) == two.next_pack(second)

@@ -8,18 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from data_pipelines.config import SourceConfig
 from data_pipelines.errors import ShardError
-from data_pipelines.loader import open_sources
-from data_pipelines.plan.mixture import Mixture
+from data_pipelines.loader import new_planner, open_sources
+from data_pipelines.plan.mixture import Mixture, Phase, mixture_phases
 from data_pipelines.plan.order import SourceOrder, permutation
 from data_pipelines.plan.planner import Planner
 from data_pipelines.shards.writer import ShardWriter
 
 
-def planner(tiny, seed=0, **kwargs):
+def planner(tiny, seed=0, change=None, **kwargs):
     config = tiny.config(**kwargs)
-    weights = [source.weight for source in config.sources.values()]
-    return Planner(open_sources(config, tiny.tokenizer), weights, config.media, config.plan, seed)
+    config = replace(config, plan=replace(config.plan, **(change or {})))
+    return new_planner(config, open_sources(config, tiny.tokenizer), seed)
 
 
 def splitmix64(state):
@@ -122,6 +123,67 @@ def test_impossible_weights_are_refused(weights):
         Mixture(weights)
 
 
+def phases(*sources, sizes=(), temperature=None):
+    return mixture_phases([SourceConfig(("x",), **source) for source in sources], lambda: sizes, temperature)
+
+
+def test_shares_by_epochs_let_all_sources_end_together():
+    assert phases({"epochs": 2.0}, {"epochs": 0.5}, sizes=[100, 1000]) == (Phase(0, (200.0, 500.0)),)
+
+
+def test_a_temperature_lies_between_sizes_and_weights():
+    assert phases({}, {"weight": 3.0}, sizes=[100, 10_000], temperature=2.0) == (Phase(0, (10.0, 300.0)),)
+
+
+def test_a_schedule_changes_weights_at_token_counts():
+    found = phases({"schedule": ((50, 0.0), (90, 2.0))}, {"schedule": ((70, 5.0),)})
+    assert found == (Phase(0, (1, 1)), Phase(50, (0, 1)), Phase(70, (0, 5)), Phase(90, (2, 5)))
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        [{"epochs": 1.0}, {}],
+        [{"epochs": 1.0, "weight": 2.0}],
+        [{"schedule": ((9, 1.0), (9, 2.0))}],
+        [{"schedule": ((9, 0.0),)}],
+    ],
+)
+def test_contradictory_mixtures_are_refused(sources):
+    with pytest.raises(ValueError, match=r"epochs|rise|weights"):
+        phases(*sources, sizes=[1, 1])
+
+
+def test_a_plan_follows_its_schedule_and_goes_on_inside_it(tiny):
+    config = tiny.config(pool=1)
+    pictures = replace(config.sources["pictures"], weight=1.0, schedule=((2000, 0.0), (4000, 1.0)))
+    texts = replace(config.sources["texts"], weight=0.0, schedule=((2000, 1.0),))
+    config = replace(config, sources={"pictures": pictures, "texts": texts})
+    sources = open_sources(config, tiny.tokenizer)
+    plan = new_planner(config, sources, 0)
+    while plan.tokens < 6000:
+        state, tokens = plan.state_dict(), plan.tokens
+        pack = plan.next_pack()
+        # the pool of one holds one sample of the phase before
+        drawn = {item.source for item in pack.items[2:]}
+        assert drawn <= ({0} if tokens < 2000 else {1} if tokens < 4000 else {0, 1})
+        other = new_planner(config, sources, 0)
+        other.load_state_dict(json.loads(json.dumps(state)))
+        assert other.next_pack() == pack
+
+
+def test_packs_of_one_task_kind_hold_no_other(tiny):
+    plan = planner(tiny, change={"packing": "task"})
+    packs = [plan.next_pack() for _ in range(40)]
+    assert all(len({item.task for item in pack.items}) == 1 for pack in packs)
+    assert {pack.items[0].task for pack in packs} == {0, 1}
+
+
+def test_single_packing_keeps_every_document_alone(tiny):
+    plan = planner(tiny, change={"packing": "single"})
+    assert [len(plan.next_pack().items) for _ in range(40)] == [1] * 40
+
+
 def test_every_sample_is_planned_once_an_epoch(tiny):
     plan = planner(tiny, pictures=1.0)
     seen, packs = Counter(), 0
@@ -132,18 +194,19 @@ def test_every_sample_is_planned_once_an_epoch(tiny):
         seen.update((item.epoch, item.shard, item.row) for item in pack.items)
         packs += 1
     waiting = [tuple(item) for item in plan.state_dict()["pool"]]
-    seen.update((epoch, shard, row) for _, shard, row, epoch, _, _ in waiting)
+    seen.update((epoch, shard, row) for _, shard, row, epoch, *_ in waiting)
     assert max(seen.values()) == 1
     assert [sum(epoch == e for epoch, _, _ in seen) for e in range(4)] == [20] * 4
 
 
-def test_a_plan_goes_on_from_any_pack(tiny):
+@pytest.mark.parametrize("packing", ["pool", "task", "single"])
+def test_a_plan_goes_on_from_any_pack(tiny, packing):
     rng = np.random.default_rng(0)
-    one = planner(tiny)
+    one = planner(tiny, change={"packing": packing})
     for _ in range(12):
         for _ in range(int(rng.integers(0, 9))):
             one.next_pack()
-        two = planner(tiny)
+        two = planner(tiny, change={"packing": packing})
         two.load_state_dict(json.loads(json.dumps(one.state_dict())))
         assert [two.next_pack() for _ in range(6)] == [one.next_pack() for _ in range(6)]
 
@@ -173,7 +236,7 @@ def test_a_source_without_usable_samples_is_named_with_the_reason(tiny, tmp_path
     source = replace(config.sources["pictures"], shards=(f"{tmp_path}/broken-*.tar",))
     sources = open_sources(replace(config, sources={"broken": source}), tiny.tokenizer)
     with pytest.raises(ShardError, match=r"source 'broken' has no usable sample: no_messages \(\d\)"):
-        Planner(sources, [1.0], config.media, config.plan, 0).next_pack()
+        Planner(sources, [Phase(0, (1.0,))], config.media, config.plan, 0).next_pack()
 
 
 def test_what_the_index_left_out_is_told_once_an_epoch(tiny, tmp_path):
@@ -184,7 +247,7 @@ def test_what_the_index_left_out_is_told_once_an_epoch(tiny, tmp_path):
     config = tiny.config(pool=1, pictures=1.0)
     source = replace(config.sources["pictures"], shards=(f"{tmp_path}/mixed-*.tar",))
     sources = open_sources(replace(config, sources={"mixed": source}), tiny.tokenizer)
-    plan = Planner(sources, [1.0], config.media, replace(config.plan, max_tokens=4), 0)
+    plan = Planner(sources, [Phase(0, (1.0,))], config.media, replace(config.plan, max_tokens=4), 0)
     events = [event for _ in range(9) for event in plan.next_pack().events]
     assert {(event.dataset, event.key, event.reason) for event in events} == {("mixed", "bad", "no_messages")}
     assert len(events) == 4  # 9 packs of one sample and one in the pool: epochs 0, 1, 2 and 3
