@@ -28,7 +28,7 @@ COLORS: dict[str, Rgb] = {
     "purple": (150, 40, 190),
     "cyan": (20, 205, 220),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle")
 # Each has its own first letter. Probe: a ViT of the tiny model's size, trained to read alone, knew two of three of 24
 # such words after 17,000 pictures with letters 25 pixels high; of 49 words with letters 16 pixels high it knew none.
 WORDS = (
@@ -37,9 +37,9 @@ WORDS = (
 )
 
 MIN_SIDE, SIDE_SPREAD = 84, 84  # pixels: sides run from 84 to 168, mean 112
-MIN_SHAPE, MAX_SHAPE = 28, 56  # pixels
+MIN_SHAPE, MAX_SHAPE = 34, 64  # pixels: two to four patches across
 GAP = 4  # pixels between things
-READING_GAP = 8  # centres of two shapes differ by this much, so that "left to right" is never a matter of taste
+READING_GAP = 16  # centres of two shapes differ by this much, so that "left to right" is never a matter of taste
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Scene:
 def sample_scene(rng: Random, stencils: Stencils, *, num_shapes: int | None = None, word: bool = False) -> Scene:
     """A random scene. `num_shapes` None: mostly two, sometimes one or three; `word`: with one word."""
     width, height = sample_side(rng), sample_side(rng)
-    wanted = num_shapes or rng.choices((1, 2, 3), (20, 65, 15))[0]
+    wanted = num_shapes or rng.choices((1, 2, 3), (35, 60, 5))[0]
     taken: list[Box] = []
     drawn_word = _place_word(rng, stencils, width, height) if word else None
     if drawn_word is not None:
@@ -124,12 +124,12 @@ def sample_side(rng: Random) -> int:
 
 def sample_background(rng: Random) -> Background:
     """A dark or a light background; its colours stay far from those of the shapes."""
-    level = rng.randint(25, 85) if rng.random() < 0.4 else rng.randint(170, 230)
+    level = rng.randint(25, 85) if rng.random() < 0.25 else rng.randint(170, 230)
     tint = _jitter(rng, 14)
-    step = rng.choice((-1, 1)) * rng.randint(12, 26)
+    step = rng.choice((-1, 1)) * rng.randint(8, 18)
     first = (level + tint[0], level + tint[1], level + tint[2])
     second = (first[0] + step, first[1] + step, first[2] + step)
-    style = rng.choice(("plain", "gradient_x", "gradient_y", "stripes", "noise"))
+    style = rng.choices(("plain", "gradient_x", "gradient_y", "stripes", "noise"), (5, 2, 2, 1, 1))[0]
     return Background(style, first, second, rng.randint(8, 20), rng.randrange(1 << 30))
 
 
