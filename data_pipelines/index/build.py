@@ -85,10 +85,11 @@ def load_text_tokens(shard: str, index: ShardIndex, counting: Counting) -> Colum
 
 
 def build_missing(
-    shards: Sequence[str], counting: Counting, processes: int | None = None, progress: Progress | None = None
+    shards: Sequence[str], counting: Counting | None, processes: int | None = None, progress: Progress | None = None
 ) -> None:
     """Build what is absent or stale for all `shards`; `progress(shard, done, total)` is called after each.
 
+    `counting` None builds the indices alone, `processes` None uses this machine's cores where the shards are large.
     Processes of one or several machines may call this at once: each takes the shards that no other is at.
 
     Raises:
@@ -107,7 +108,9 @@ def build_missing(
         raise errors[0]
 
 
-def _build_each(shards: Sequence[str], counting: Counting, processes: int) -> Iterator[tuple[str, ShardError | None]]:
+def _build_each(
+    shards: Sequence[str], counting: Counting | None, processes: int
+) -> Iterator[tuple[str, ShardError | None]]:
     if processes > 1:
         # Spawned, not forked: the caller may hold threads of torch or CUDA.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -128,10 +131,12 @@ def _build_each(shards: Sequence[str], counting: Counting, processes: int) -> It
             yield shard, _build(shard, counting)
 
 
-def _build(shard: str, counting: Counting) -> ShardError | None:
+def _build(shard: str, counting: Counting | None) -> ShardError | None:
     """Build both side files of one shard; an unreadable shard is returned, so that the others go on."""
     try:
-        load_text_tokens(shard, load_index(shard), counting)
+        index = load_index(shard)
+        if counting is not None:
+            load_text_tokens(shard, index, counting)
     except ShardError as error:
         return error
     return None
@@ -227,12 +232,13 @@ def _find(shard: str, kind: str, identity: dict[str, Any]) -> Columns | None:
     return None
 
 
-def _is_fresh(shard: str, counting: Counting) -> bool:
+def _is_fresh(shard: str, counting: Counting | None) -> bool:
     try:
         with _opened(shard) as file:
             identity = {"format": FORMAT, "size": file.size, "tag": file.tag()}
-            if (index := _find(shard, "index", identity)) is None:
-                return False
+            index = _find(shard, "index", identity)
+            if index is None or counting is None:
+                return index is not None
             identity["rows"] = ShardIndex(index).fingerprint
             return _find(shard, f"text-{counting.name}", identity) is not None
     except ShardError:

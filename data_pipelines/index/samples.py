@@ -56,7 +56,11 @@ class ShardIndex:
 
     def task(self, row: int) -> str:
         """The kind of the sample ("caption", "chat", ...)."""
-        return self._tasks[int(self.arrays["task"][row])]
+        return self.task_name(int(self.arrays["task"][row]))
+
+    def task_name(self, number: int) -> str:
+        """The kind that the column `task` holds as `number`."""
+        return self._tasks[number]
 
     def members(self, row: int) -> dict[str, Member]:
         """Offsets and sizes of the sample's members by suffix."""
