@@ -183,8 +183,10 @@ def _results(
         for group in groups:
             yield _import_group(group, settings, done.get(group.number))
         return
-    # "spawn": the progress display runs a thread, and a forked copy of its lock could stay locked for ever.
-    context = multiprocessing.get_context("spawn")
+    # Not "fork": the progress display runs a thread, and a forked copy of its lock could stay locked for ever. The fork
+    # server imports this module once for all workers; importing it anew in each takes seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(settings.processes, mp_context=context) as pool:
         waiting: deque[Future[ShardResult]] = deque()
         for group in groups:
