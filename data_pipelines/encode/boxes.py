@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 
+GridPoints = tuple[tuple[int, int], ...]
 GRID = 1000
 _POINT = r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)"
 _SEPARATOR = r"\s*,?\s*"
@@ -33,18 +34,32 @@ def to_pixels(value: int, size: int) -> float:
     return (value + 0.5) / GRID * size
 
 
-def box_text(box: Sequence[float], width: int, height: int) -> str:
-    """Box (x1, y1, x2, y2) in pixels → "(x1,y1),(x2,y2)" on the grid, top left first whatever the order given."""
+def box_points(box: Sequence[float], width: int, height: int) -> GridPoints:
+    """Box (x1, y1, x2, y2) in pixels → its two corners on the grid, top left first whatever the order given."""
     x1, y1, x2, y2 = box
     left, right = sorted((to_grid(x1, width), to_grid(x2, width)))
     top, bottom = sorted((to_grid(y1, height), to_grid(y2, height)))
-    return f"({left},{top}),({right},{bottom})"
+    return ((left, top), (right, bottom))
+
+
+def quad_points(quad: Sequence[float], width: int, height: int) -> GridPoints:
+    """Quad (x1, y1, ..., x4, y4) in pixels → its four corners on the grid, in the order given."""
+    return tuple((to_grid(x, width), to_grid(y, height)) for x, y in zip(quad[0::2], quad[1::2], strict=True))
+
+
+def points_text(points: GridPoints) -> str:
+    """Points as the model reads and writes them: "(x1,y1),(x2,y2)"."""
+    return ",".join(f"({x},{y})" for x, y in points)
+
+
+def box_text(box: Sequence[float], width: int, height: int) -> str:
+    """Box (x1, y1, x2, y2) in pixels → "(x1,y1),(x2,y2)" on the grid."""
+    return points_text(box_points(box, width, height))
 
 
 def quad_text(quad: Sequence[float], width: int, height: int) -> str:
-    """Quad (x1, y1, ..., x4, y4) in pixels → four points on the grid, in the order given."""
-    points = zip(quad[0::2], quad[1::2], strict=True)
-    return ",".join(f"({to_grid(x, width)},{to_grid(y, height)})" for x, y in points)
+    """Quad (x1, y1, ..., x4, y4) in pixels → "(x1,y1),(x2,y2),(x3,y3),(x4,y4)" on the grid."""
+    return points_text(quad_points(quad, width, height))
 
 
 def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:

@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipelines.config import Template
-from data_pipelines.encode.boxes import box_text, quad_text
+from data_pipelines.encode.boxes import GridPoints, box_points, box_text, quad_points, quad_text
 from data_pipelines.errors import RecordError
 from data_pipelines.samples import Media, MediaRef, Message, Part, Record, Region, Text
 from data_pipelines.tokenizer import TextTokenizer
@@ -247,16 +247,20 @@ class _Writer:
         media = _find_media(self._record, region.name, self._medias)
         ids = self.ids
         if region.phrase is not None:
-            self._tagged(ids.object_ref_start, region.phrase, ids.object_ref_end, supervised)
+            self.special(ids.object_ref_start, supervised)
+            self.text(region.phrase, supervised)
+            self.special(ids.object_ref_end, supervised)
         for box in region.boxes:
-            self._tagged(ids.box_start, box_text(box, media.width, media.height), ids.box_end, supervised)
+            self._points(ids.box_start, box_points(box, media.width, media.height), ids.box_end, supervised)
         for quad in region.quads:
-            self._tagged(ids.quad_start, quad_text(quad, media.width, media.height), ids.quad_end, supervised)
+            self._points(ids.quad_start, quad_points(quad, media.width, media.height), ids.quad_end, supervised)
 
-    def _tagged(self, start: int, text: str, end: int, supervised: bool) -> None:
+    def _points(self, start: int, points: GridPoints, end: int, supervised: bool) -> None:
         self.special(start, supervised)
-        self.text(text, supervised)
-        self.special(end, supervised)
+        ids = self._tokenizer.encode_points(points)
+        ids.append(end)
+        self._input_ids += ids
+        self._supervised += [supervised] * len(ids)
 
 
 def _region_string(region: Region, media: Media) -> str:

@@ -4,6 +4,9 @@ import random
 import shutil
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from data_pipelines.tokenizer import SpecialTokens, TextTokenizer
 
@@ -97,3 +100,29 @@ def test_published_tokenizer(shared_data):
     assert published.vocab_size == 151657
     text = "The quick brown fox, 你好 1234\n\n  'tis <b>é</b>"
     assert published.encode(text) == published.hf.encode(text)
+    check_points(published)
+
+
+def check_points(tokenizer):
+    generator = random.Random(2)
+    for count in (1, 2, 4):
+        for _ in range(50):
+            points = [(generator.randrange(1000), generator.randrange(1000)) for _ in range(count)]
+            assert tokenizer.encode_points(points) == tokenizer.encode(",".join(f"({x},{y})" for x, y in points))
+
+
+def test_points_get_the_ids_of_their_text(tokenizer):
+    check_points(tokenizer)
+
+
+def test_points_are_right_where_digits_merge(tmp_path):
+    # A tokenizer without Qwen2's splitting: "),(1" and "12" can be single tokens.
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator(["(123,456),(123,456),(12,12)"] * 9, trainer)
+    backend.add_special_tokens([AddedToken(name, special=True) for name in SpecialTokens.names()])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    merging = TextTokenizer(tmp_path)
+    assert merging.encode_points([(123, 456), (12, 12)]) == merging.encode("(123,456),(12,12)")
