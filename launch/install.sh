@@ -10,13 +10,13 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
     chosen=""
     for candidate in python3 python3.12 python3.11 python; do
-      if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         chosen="$candidate"
         break
       fi
     done
     if [ -z "$chosen" ]; then
-      echo "error: Python 3.11 or 3.12 is needed and none was found on PATH" >&2
+      echo "error: Python 3.11 or newer is needed and none was found on PATH" >&2
       exit 1
     fi
     echo "creating .venv with $("$chosen" --version)"
