@@ -89,7 +89,9 @@ class VisionAttention(nn.Module):
         qkv = self.qkv(x).unflatten(1, (3 * self.num_heads, -1))
         # queries and keys lie side by side: one rotation serves both
         query, key = rotate(qkv[:, : 2 * self.num_heads], rotary).chunk(2, dim=1)
-        mixed = attend(query, key, qkv[:, 2 * self.num_heads :], segments, causal=False)
+        # a copy, so that attention keeps these values for backward and not all of qkv beside the rotated two thirds
+        value = qkv[:, 2 * self.num_heads :].contiguous()
+        mixed = attend(query, key, value, segments, causal=False)
         out: Tensor = self.proj(mixed.flatten(1))
         return out
 
