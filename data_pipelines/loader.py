@@ -1,9 +1,10 @@
 """The data way put together: index → plan → read, decode, encode → collate, in workers, as packs of this rank.
 
 Enters: a stage's `DataConfig`, the tokenizer, rank and world. Leaves: per global step this rank's `PackedBatch`es.
-Step s takes packs [s*B, (s+1)*B) of the plan (B packs_per_step); slot m of rank r is pack s*B + m*world + r. So the
-packs of a step are the same whatever the world size or the number of workers, and its state is one number larger than
-the plan's. Every rank runs the whole plan (lengths only) and decodes its own packs.
+Step s takes packs [s*B, (s+1)*B) of the plan (B packs_per_step), in plan order or, given a cost, the dearest first;
+micro-step m of rank r is number m*world + r of them. So a step's packs are the same whatever the world size or the
+number of workers, and the loader's state is the plan's. Every rank runs the whole plan (lengths only) and decodes its
+own packs.
 
 A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events`; the plan does not move.
 """
@@ -28,6 +29,7 @@ from data_pipelines.errors import DataError, PlanMismatch
 from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.pack.collate import collate
+from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.mixture import mixture_phases
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack, Planner
@@ -67,7 +69,8 @@ def new_planner(config: DataConfig, sources: list[SourceIndex], seed: int) -> Pl
 class PackLoader:
     """This rank's packs, step after step, without end. Use it once per process; `close()` ends its workers.
 
-    `dataset_names[i]` is the name of dataset number i in the batches.
+    `dataset_names[i]` is the name of dataset number i in the batches. `cost` (of the model) lets packs of like cost
+    share a micro-step, so that ranks wait less for one another; it changes the order inside a step only.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class PackLoader:
         seed: int,
         pin_memory: bool = False,
         progress: Progress | None = None,
+        cost: PackCost | None = None,
     ) -> None:
         if packs_per_step % world or packs_per_step < 1:
             raise ValueError(
@@ -91,6 +95,7 @@ class PackLoader:
         self.dataset_names = tuple(config.sources)
         self._config, self._tokenizer, self._pin_memory = config, tokenizer, pin_memory
         self._packs_per_step, self._rank, self._world, self._seed = packs_per_step, rank, world, seed
+        self._cost = cost
         self._sources = open_sources(config, tokenizer, progress=progress)
         self._planner = self._new_planner()
         self._state = self._planner.state_dict()
@@ -103,7 +108,7 @@ class PackLoader:
         planner = self._new_planner()
         planner.load_state_dict(self._state)
         ahead: deque[dict[str, Any]] = deque()
-        sampler = _PlanSampler(planner, self._packs_per_step, self._rank, self._world, ahead)
+        sampler = _PlanSampler(planner, self._packs_per_step, self._rank, self._world, self._cost, ahead)
         settings = self._config.loader
         self._loader = DataLoader(
             _PackDataset(self._sources, self._config, self._tokenizer),
@@ -174,15 +179,23 @@ class _PlanSampler(Sampler[Pack]):
     """The plan as a DataLoader's sampler: this rank's packs in order. The state after each step goes to `ahead`."""
 
     def __init__(
-        self, planner: Planner, packs_per_step: int, rank: int, world: int, ahead: deque[dict[str, Any]]
+        self,
+        planner: Planner,
+        packs_per_step: int,
+        rank: int,
+        world: int,
+        cost: PackCost | None,
+        ahead: deque[dict[str, Any]],
     ) -> None:
         self._planner, self._packs_per_step, self._rank, self._world = planner, packs_per_step, rank, world
-        self._ahead = ahead
+        self._cost, self._ahead = cost, ahead
 
     def __iter__(self) -> Iterator[Pack]:
         while True:
             packs = [self._planner.next_pack() for _ in range(self._packs_per_step)]
             self._ahead.append(self._planner.state_dict())
+            if self._cost is not None:
+                packs = order_by_cost(packs, self._cost)
             yield from packs[self._rank :: self._world]
 
 

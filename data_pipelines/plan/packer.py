@@ -17,7 +17,10 @@ _ARRIVAL = (1 << _ORDER_BITS) - 1
 
 
 class Item(NamedTuple):
-    """A sample in the plan: where it is, in which of its source's epochs, what it takes, and its task kind's number."""
+    """A sample in the plan: where it is, in which of its source's epochs, and what it takes.
+
+    `patch_pairs` sums p^2 over its ViT segments of p patches; `task` numbers its kind where packs keep kinds apart.
+    """
 
     source: int
     shard: int
@@ -25,6 +28,7 @@ class Item(NamedTuple):
     epoch: int
     tokens: int
     patches: int
+    patch_pairs: int = 0
     task: int = 0
 
 

@@ -182,13 +182,14 @@ class _Cursor:
         except ValueError as error:
             raise self._nothing_usable() from error
         table = self._source.table(block.shard)
-        tokens, patches, events = sample_lengths(self._source.name, table, block.rows, self._media, self._plan)
+        lengths, events = sample_lengths(self._source.name, table, block.rows, self._media, self._plan)
         self._events += events
-        usable = tokens > 0
+        usable = lengths.tokens > 0
         rows = block.rows[usable].tolist()
-        columns = (rows, tokens[usable].tolist(), patches[usable].tolist(), self._task_numbers(table, rows))
+        columns = (lengths.tokens, lengths.patches, lengths.patch_pairs)
+        counts = zip(*(column[usable].tolist() for column in columns), self._task_numbers(table, rows), strict=True)
         number, shard, epoch = self._number, block.shard, block.epoch
-        items = [Item(number, shard, row, epoch, n, p, task) for row, n, p, task in zip(*columns, strict=True)]
+        items = [Item(number, shard, row, epoch, *count) for row, count in zip(rows, counts, strict=True)]
         self._size, self.items = len(items), iter(items)
         return self._size
 

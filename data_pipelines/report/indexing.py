@@ -91,8 +91,8 @@ def survey_shards(shards: list[str], counting: Counting | None, media: MediaConf
         for problem in table.problems if table is not None else index.problems:
             survey.tell(*problem)
         if table is not None and index.num_samples:
-            tokens, _, events = sample_lengths("index", table, np.arange(index.num_samples), media, plan)
-            survey.lengths.append(tokens[tokens > 0])
+            lengths, events = sample_lengths("index", table, np.arange(index.num_samples), media, plan)
+            survey.lengths.append(lengths.tokens[lengths.tokens > 0])
             for event in events:
                 survey.tell(event.key, event.reason, event.message)
     return survey

@@ -87,7 +87,7 @@ def test_a_rare_task_is_packed_before_its_patience_ends():
 
     def draw():
         while True:
-            drawn.append(Item(0, 0, len(drawn), 0, 100, 0, int(len(drawn) % 1000 == 0)))
+            drawn.append(Item(0, 0, len(drawn), 0, 100, 0, task=int(len(drawn) % 1000 == 0)))
             yield drawn[-1]
 
     packer, source = TaskPacker(1000, 10**6, 8), draw()
