@@ -1,8 +1,8 @@
 """Bytes a rank needs: parameters, gradients, optimizer state under a ZeRO stage, and activations of a pack.
 
 Enters: a model's sizes, a pack's lengths, the parts that train, how they run. Leaves: bytes, counted tensor by tensor
-as our code keeps them for the backward pass (checked against measured allocations). Left out: communication buffers, the
-allocator's fragmentation, kernels' workspaces.
+as our code keeps them for the backward pass (checked against measured allocations). Left out: communication buffers,
+the allocator's fragmentation, kernels' workspaces.
 
 Legend: T tokens, P patches, L supervised positions, W ViT width, D hidden size, I feed-forward size, V vocabulary.
 """
