@@ -79,6 +79,8 @@ def _train(options: argparse.Namespace) -> int:
     run, settings = load_config(options.overrides, options.config_dir)
     from qwen2vl_train.report import print_summary
     from qwen2vl_train.stages import run_chain
+    from qwen2vl_train.training.failure import exit_after
+    from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted
     from qwen2vl_train.training.world import end_world, start_world
 
     world = start_world(run.engine.timeout_s)
@@ -87,8 +89,15 @@ def _train(options: argparse.Namespace) -> int:
         if world.is_main:
             print_summary(summary)
         world.barrier()
-    finally:
+    except Preempted as order:
+        if world.is_main:
+            print(order, file=sys.stderr, flush=True)
+        world.barrier()
         end_world()
+        return EXIT_PREEMPTED
+    except Exception as error:
+        exit_after(error, world)
+    end_world()
     return 0
 
 

@@ -35,9 +35,14 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. `vit_layer_decay` multiplies a ViT block's rate once per block above it (Qwen-VL used 0.95; 1 is off)."""
+    """`vit_layer_decay` multiplies a ViT block's rate once per block above it (Qwen-VL used 0.95; 1 is off).
+
+    `clip_norm` bounds the global gradient norm (0: no clipping). `name` "sgd" (no momentum) is for comparisons: AdamW
+    amplifies the rounding of near-zero gradients.
+    """
 
     lr: LearningRates
+    name: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.05
@@ -47,6 +52,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not 0 < self.vit_layer_decay <= 1:
             raise ValueError(f"vit_layer_decay={self.vit_layer_decay} is outside (0, 1]; 1 switches the decay off")
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm={self.clip_norm} is negative; 0 switches clipping off")
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"offload_parameters=true needs zero_stage=3, not {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer=true needs zero_stage=1, 2 or 3: stage 0 partitions no optimizer state")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision=bf16 with zero_stage=0 would accumulate gradients in bf16; choose zero_stage=1, 2 or 3 "
+                "(float32 master weights and gradients), or precision=fp32"
+            )
 
 
 @dataclass(frozen=True)
@@ -153,10 +167,43 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps (0: only at a stage's end); the last `keep` stay."""
+    """A checkpoint every `every` steps and at a stage's end (0: only there).
+
+    The last `keep` stay, and each whose step is a multiple of `keep_every` (0: none). One that would leave less than
+    `min_free_gb` GB of its disk free is left out with a warning.
+    """
 
     every: int = 500
     keep: int = 2
+    keep_every: int = 0
+    min_free_gb: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.keep < 1 or self.every < 0 or self.keep_every < 0 or self.min_free_gb < 0:
+            raise ValueError(
+                f"every={self.every}, keep_every={self.keep_every}, min_free_gb={self.min_free_gb} must not be "
+                f"negative and keep={self.keep} must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When to give up: updates left out because loss or gradients were not finite, in a row and in a stage."""
+
+    max_skipped_in_row: int = 5
+    max_skipped: int = 100
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """A rank that makes no progress for `stall_s` seconds is named and the run ends; 0 switches the watchdog off.
+
+    Keep it below `engine.timeout_s`, after which the process group ends the run without saying why. Writing a
+    checkpoint may take `save_s` seconds.
+    """
+
+    stall_s: float = 900.0
+    save_s: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -193,6 +240,8 @@ class RunConfig:
     checkpoint: CheckpointConfig
     monitor: MonitorConfig
     evaluation: EvaluationConfig
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     resume: str = "auto"
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 

@@ -109,7 +109,10 @@ def model_config(run: RunConfig, tokenizer: TextTokenizer) -> ModelConfig:
 def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, monitor: Monitor) -> None:
     folder = Path(run.run_dir) / name
     result = folder / "result.json"
-    if world.from_main(result.exists) and run.resume == "auto":
+    resume = resume_of(run, name)
+    if resume != "auto":  # what the stage left before is of another course
+        world.from_main(lambda: result.unlink(missing_ok=True))
+    if world.from_main(result.exists):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return
     stage = run.stages[name]
@@ -119,7 +122,7 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
         f"packs on {world.size} rank(s), from {init or 'seeded random weights'}",
         highlight=False,
     )
-    progress = Trainer(run, name, init, config, world, monitor).fit()
+    progress = Trainer(run, name, init, config, world, monitor, resume).fit()
     report = Report({}, {}, [])
     if stage.evaluate and run.data.heldout:
         monitor.start_progress(f"{name} eval", len(run.data.heldout))
@@ -128,6 +131,27 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
         monitor.log(name, progress.step, {f"held_out/{key}": value for key, value in report.metrics.items()})
         monitor.show(name, report.shown)
     world.from_main(lambda: _write_result(run, name, progress, report))
+
+
+def resume_of(run: RunConfig, name: str) -> str:
+    """How stage `name` continues: "auto", "none", or a checkpoint's path.
+
+    `resume=PATH` belongs to the stage that wrote it: stages before it go on as they are, later ones start anew.
+
+    Raises:
+        ConfigError: the path holds no checkpoint, or one of a stage that is not in the chain.
+    """
+    if run.resume in ("auto", "none"):
+        return run.resume
+    state = Path(run.resume) / "state.json"
+    if not state.is_file():
+        raise ConfigError(f"resume={run.resume}: {state} is missing; name a folder step-NNNNNNNN, auto or none")
+    owner = json.loads(state.read_text())["stage"]
+    if owner not in run.chain:
+        raise ConfigError(f"resume={run.resume}: a checkpoint of stage {owner}, which chain={list(run.chain)} lacks")
+    if name == owner:
+        return run.resume
+    return "auto" if run.chain.index(name) < run.chain.index(owner) else "none"
 
 
 def initial_weights(run: RunConfig, name: str) -> Path | None:

@@ -3,106 +3,202 @@
 A checkpoint is a directory `step-00000100` with DeepSpeed's shards, `state.json` (step, loader state, totals) and
 `manifest.json` (size and checksum of every file). It is written aside, flushed to disk, renamed, and only then does the
 file `latest` name it. DeepSpeed's own `latest` is not used: rank 0 writes it before the other ranks have finished.
+Each rank flushes and sums up the files that it wrote, and when loading checks a share of all, so no rank reads it all.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen2vl_train.config import CheckpointConfig
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.world import World
 
+_RANK_OF_FILE = re.compile(r"zero_pp_rank_(\d+)_")
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or of another world size. The message says what to do."""
+    """A checkpoint that is missing, damaged or does not fit the run. The message says what to do."""
 
 
 class CheckpointStore:
-    """The checkpoints of one stage in one folder; the newest `keep` stay."""
+    """The checkpoints of one stage in one folder."""
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, world: World, warn: Callable[[str], None]) -> None:
         self._folder = folder
-        self._keep = max(1, keep)
+        self._config = config
         self._world = world
+        self._warn = warn
 
-    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint after `step` updates. Collective; `state` (JSON) must be the same on every rank."""
+    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> Path | None:
+        """Write a checkpoint after `step` updates; None where the disk has no room. Collective.
+
+        `state` (JSON) must be the same on every rank. Afterwards the newest `keep` are there, and those to be kept for
+        good; later steps than this one, of a run that was started anew from an earlier step, are gone.
+
+        Raises:
+            CheckpointError: this rank could not write its files; `latest` still names the checkpoint before.
+        """
         final = self._folder / f"step-{step:08d}"
         aside = self._folder / f".writing-{final.name}"
-        self._world.from_main(lambda: _make_empty(aside))
-        engine.save(aside)
-        self._world.barrier()  # every rank's shard is written
-        self._world.from_main(lambda: self._publish(aside, final, {"step": step, "world": self._world.size, **state}))
+        lacking = self._world.from_main(lambda: self._prepare(aside, engine.checkpoint_bytes()))
+        if lacking:
+            self._warn(f"no checkpoint at step {step}: {lacking}")
+            return None
+        try:
+            engine.save(aside)
+            self._world.barrier()  # every rank's shard is written
+            mine = self._summarise_mine(aside)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"rank {self._world.rank} could not write {aside}: {error}. The newest whole checkpoint is "
+                f"{self._newest()}; make room (or repair the disk) and start the same command again"
+            ) from error
+        manifest = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
+        whole = {"step": step, "world": self._world.size, "engine": engine.signature, **state}
+        self._world.from_main(lambda: self._publish(aside, final, manifest, whole))
         return final
 
-    def _publish(self, aside: Path, final: Path, state: dict[str, Any]) -> None:
+    def _prepare(self, aside: Path, expected_bytes: int) -> str | None:
+        """Make room aside; tells what is lacking, if anything."""
+        _make_empty(aside)
+        free = shutil.disk_usage(aside).free
+        if free - expected_bytes >= self._config.min_free_gb * 1e9:
+            return None
+        aside.rmdir()
+        return (
+            f"{self._folder} has {free / 1e9:.2f} GB free, the checkpoint takes about {expected_bytes / 1e9:.2f} and "
+            f"checkpoint.min_free_gb={self._config.min_free_gb} are to stay; make room or lower checkpoint.keep"
+        )
+
+    def _summarise_mine(self, aside: Path) -> dict[str, tuple[int, int]]:
+        """Flush the files that this rank wrote to disk: name -> (bytes, checksum)."""
+        entries = {}
+        for path in sorted(aside.rglob("*")):
+            found = _RANK_OF_FILE.search(path.name)
+            if path.is_file() and (int(found.group(1)) if found else 0) == self._world.rank:
+                _flush(path)
+                entries[str(path.relative_to(aside))] = (path.stat().st_size, _checksum(path))
+        return entries
+
+    def _publish(self, aside: Path, final: Path, manifest: dict[str, tuple[int, int]], state: dict[str, Any]) -> None:
         write_json(aside / "state.json", state)
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(aside)): [path.stat().st_size, _checksum(path)] for path in files}
-        write_json(aside / "manifest.json", manifest)
-        for path in files:
-            _flush(path)
-        for folder in {path.parent for path in files}:
+        path = aside / "state.json"
+        write_json(aside / "manifest.json", manifest | {"state.json": (path.stat().st_size, _checksum(path))})
+        for folder in {aside, *((aside / name).parent for name in manifest)}:
             _flush(folder)
         if final.exists():  # a step done again after a resume from an earlier one
-            shutil.rmtree(final)
+            replaced = final.with_name(f".replaced-{final.name}")
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         aside.rename(final)
         _flush(self._folder)
         _write_text(self._folder / "latest", final.name)
-        for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
-            shutil.rmtree(old)
+        self._prune(final)
+
+    def _prune(self, newest: Path) -> None:
+        every = self._config.keep_every
+        stale = [path for path in self._steps() if path.name > newest.name]
+        recent = [path for path in self._steps() if path.name <= newest.name]
+        old = [path for path in recent[: -self._config.keep] if not every or _step_of(path) % every]
+        for path in (*stale, *old, *self._folder.glob(".replaced-*")):
+            shutil.rmtree(path)
+
+    def _steps(self) -> list[Path]:
+        return sorted(self._folder.glob("step-????????"))
+
+    def _newest(self) -> str:
+        return str(max(self._steps(), default="none yet"))
+
+    def discard(self) -> None:
+        """Remove every checkpoint: the stage starts anew. Collective."""
+        self._world.from_main(lambda: shutil.rmtree(self._folder, ignore_errors=True))
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint to continue from: "auto" the newest whole one or None, "none" None, else that path, verified.
-
-        Collective: rank 0 looks, so that all ranks agree.
-        """
-        return self._world.from_main(lambda: self._find(resume))
-
-    def _find(self, resume: str) -> Path | None:
-        for leftover in self._folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        if resume == "none":
-            return None
-        if resume != "auto":
-            fault = fault_of(Path(resume))
-            if fault:
-                raise CheckpointError(f"resume={resume}: {fault}")
-            return Path(resume)
-        newest_first = sorted(self._folder.glob("step-*"), reverse=True)
-        return next((path for path in newest_first if fault_of(path) is None), None)
-
-    def load(self, engine: Engine, path: Path) -> dict[str, Any]:
-        """Restore `engine` from `path` and return the state saved with it. Collective.
+        """The checkpoint to continue from: "auto" the newest whole one or None, else that path, verified. Collective.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another world size.
+            CheckpointError: the named checkpoint is not whole.
+        """
+        candidates = self._world.from_main(lambda: self._candidates(resume))
+        for path in candidates:
+            fault = self.fault_of(path)
+            if fault is None:
+                return path
+            if resume != "auto":
+                raise CheckpointError(f"resume={resume}: {fault}")
+            self._warn(f"{path} is passed over: {fault}")
+        return None
+
+    def _candidates(self, resume: str) -> list[Path]:
+        for pattern in (".writing-*", ".universal-*"):  # leftovers of a run that was killed meanwhile
+            for leftover in self._folder.glob(pattern):
+                shutil.rmtree(leftover)
+        for replaced in self._folder.glob(".replaced-*"):  # killed between the two renames: the old one is still whole
+            original = replaced.with_name(replaced.name.removeprefix(".replaced-"))
+            if original.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(original)
+        return self._steps()[::-1] if resume == "auto" else [Path(resume)]
+
+    def fault_of(self, path: Path) -> str | None:
+        """What is wrong with the checkpoint at `path` on any rank; None when it is whole on all. Collective.
+
+        Every rank looks for every file (is the disk shared?) and checks the content of its share.
+        """
+        faults = self._world.gather(fault_of(path, self._world.rank, self._world.size))
+        found = [f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault]
+        return found[0] if found else None
+
+    def load(self, engine: Engine, path: Path) -> dict[str, Any]:
+        """Restore `engine` from `path`, written by any number of ranks, and return the state saved with it. Collective.
+
+        Another world size goes through DeepSpeed's universal checkpoint: rank 0 converts (it needs room for a second
+        copy beside the first and time in proportion), all ranks load, the copy is removed.
+
+        Raises:
+            CheckpointError: another ZeRO stage or precision wrote it, or the conversion failed.
         """
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        if state["world"] != self._world.size:
+        if state["engine"] != engine.signature:
             raise CheckpointError(
-                f"{path} was written by {state['world']} ranks, this run has {self._world.size}: start as many ranks, "
-                "or start the stage from its predecessor's export with resume=none"
+                f"{path} was written with {state['engine']}, this run has {engine.signature}: use the same engine "
+                "settings, or start the stage from its predecessor's export with resume=none"
             )
-        engine.load(path)
+        if state["world"] == self._world.size:
+            engine.load(path)
+            return state
+        converted = path.with_name(f".universal-{path.name}")
+        self._world.from_main(lambda: _convert(path, converted))
+        engine.load_universal(converted)
+        self._world.barrier()  # every rank has read it
+        self._world.from_main(lambda: shutil.rmtree(converted))
         return state
 
 
-def fault_of(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`: a missing, short or altered file. None when it is whole."""
+def fault_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with the checkpoint at `path`: a missing, short or altered file. None when it is whole.
+
+    The content of every `world`-th file is read, the sizes of all.
+    """
     manifest = path / "manifest.json"
     if not manifest.is_file():
         return f"{manifest} is missing: not a finished checkpoint"
-    for name, (size, checksum) in json.loads(manifest.read_text()).items():
+    for number, (name, (size, checksum)) in enumerate(sorted(json.loads(manifest.read_text()).items())):
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{file} is missing or not {size} bytes"
-        if _checksum(file) != checksum:
+        if number % world == rank and _checksum(file) != checksum:
             return f"{file} has another checksum than when it was written"
     return None
 
@@ -110,6 +206,27 @@ def fault_of(path: Path) -> str | None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that the file is old or new, never half."""
     _write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _convert(path: Path, converted: Path) -> None:
+    """DeepSpeed's shards in `path`/engine → one folder per parameter in `converted`/engine."""
+    shutil.rmtree(converted, ignore_errors=True)
+    converted.mkdir()
+    places = ["--input_folder", str(path / "engine"), "--output_folder", str(converted / "engine")]
+    # one worker each: more processes raced on folders they both create, and conversion is bound by the disk
+    settings = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *settings]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+    if answer.returncode:
+        raise CheckpointError(
+            f"{path} could not be converted to this number of ranks: {answer.stderr[-2000:]}\nStart as many ranks as "
+            "wrote it, or start the stage from its predecessor's export with resume=none"
+        )
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ its forward, so every rank must run the same modules in the same order.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from qwen2vl_train.config import EngineConfig, OptimConfig
 from qwen2vl_train.model.head import LossOutput
 from qwen2vl_train.model.language import DecoderLayer
 from qwen2vl_train.model.vision import VisionBlock
-from qwen2vl_train.training.optim import adamw
+from qwen2vl_train.training.optim import build_optimizer
 from qwen2vl_train.training.world import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -70,9 +71,12 @@ class Engine:
         self.device = world.device
         self._world = world
         self._zero_stage = config.zero_stage
+        self._precision = config.precision
+        self._clip_norm = optim.clip_norm
+        self._whole_norm: Tensor | None = None
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(groups, optim),
+            optimizer=build_optimizer(groups, optim),
             config=deepspeed_config(config, optim.clip_norm, accumulation, world.device.type == "cuda"),
             dist_init_required=False,
         )
@@ -90,12 +94,38 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """End a micro-step; at the last one of an update, clip by the global norm and update."""
+        """End a micro-step; at the last one of an update, clip by the global norm and update.
+
+        Gradients that are not finite leave parameters and optimizer state as they are: see `skipped`.
+        """
+        if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self._finish_whole_gradients()
         self._engine.step()
 
+    def _finish_whole_gradients(self) -> None:
+        """Clip the (reduced, unpartitioned) gradients of stage 0, where DeepSpeed keeps no norm and checks nothing."""
+        parameters = [parameter for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        limit = self._clip_norm or float("inf")
+        self._whole_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not torch.isfinite(self._whole_norm):
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer passes over parameters without a gradient
+            self._whole_norm = torch.full_like(self._whole_norm, float("inf"))
+
+    @property
+    def skipped(self) -> bool:
+        """The last update was left out on every rank because its gradient norm was not finite.
+
+        Costs nothing: DeepSpeed brings the norm's verdict to the host once per update before it touches a parameter
+        (that one synchronisation per update is its own), and the norm is of all ranks, so all ranks agree.
+        """
+        if self._zero_stage == 0:
+            return self._whole_norm is not None and math.isinf(self._whole_norm)
+        return bool(self._engine.optimizer.overflow)
+
     def gradient_norm(self) -> float:
-        """Global L2 norm of the last update's gradients before clipping."""
-        norm = self._engine.get_global_grad_norm()
+        """Global L2 norm of the last update's gradients before clipping; infinite when the update was skipped."""
+        norm = self._whole_norm if self._zero_stage == 0 else self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
     def set_rates(self, factor: float) -> None:
@@ -111,6 +141,18 @@ class Engine:
         """Switch between training and evaluation mode."""
         self._engine.train(mode)
 
+    @property
+    def signature(self) -> str:
+        """What a checkpoint must have been written with to fit: it decides which tensors the files hold."""
+        return f"zero_stage={self._zero_stage} precision={self._precision}"
+
+    def checkpoint_bytes(self) -> int:
+        """About what `save` writes over all ranks: the model, float32 master weights and two moments."""
+        parameters = list(self._engine.module.parameters())
+        counts = [(int(getattr(item, "ds_numel", item.numel())), item.requires_grad) for item in parameters]
+        width = 2 if self._precision == "bf16" else 4
+        return sum(count * (width + 12 * trains) for count, trains in counts)
+
     def save(self, folder: Path) -> None:
         """Every rank writes its shard of parameters and optimizer state under `folder`/engine. Collective."""
         self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
@@ -120,6 +162,26 @@ class Engine:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_lr_scheduler_states=False)
         if loaded is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint in it; choose another or set resume=none")
+
+    def load_universal(self, folder: Path) -> None:
+        """Restore a universal checkpoint (converted from any world size) under `folder`/engine. Collective.
+
+        Mends what DeepSpeed 0.19.8 leaves wrong in silence: it gives every group the first group's settings, and all
+        groups one shared `step` tensor, which AdamW then advances once per group. Frozen parameters are not in a
+        universal checkpoint: they keep the values that the model was built with.
+        """
+        optimizer = self._engine.basic_optimizer
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            self.load(folder)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        for group, kept in zip(optimizer.param_groups, settings, strict=True):
+            group.update(kept)
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and full value, one at a time (a host copy on rank 0; empty elsewhere). Collective.
@@ -170,8 +232,8 @@ def deepspeed_config(config: EngineConfig, clip_norm: float, accumulation: int, 
     return {
         "train_micro_batch_size_per_gpu": 1,  # one pack
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "gradient_clipping": clip_norm if config.zero_stage > 0 else 0.0,  # stage 0: Engine.step clips
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,

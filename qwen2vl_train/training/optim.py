@@ -1,6 +1,7 @@
-"""Parameter groups and AdamW: one group per part x weight decay x ViT layer.
+"""Parameter groups and their optimizer: one group per part x weight decay x ViT layer.
 
-Enters: a model whose frozen parameters are already marked. Leaves: groups with their peak learning rate, and AdamW.
+Enters: a model whose frozen parameters are already marked. Leaves: groups with their peak learning rate, and AdamW or
+SGD over them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig, vit_depth: int) -> l
     return groups
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """PyTorch's fused AdamW (one kernel per group on CUDA, one vectorised loop on CPU)."""
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """PyTorch's fused AdamW or SGD (one kernel per group on CUDA, one vectorised loop on CPU)."""
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, fused=True)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)

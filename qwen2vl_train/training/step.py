@@ -1,12 +1,14 @@
 """One optimizer step over this rank's packs: count, forward/backward, clip and update.
 
 The loss of a step is the sum over supervised tokens of the whole global batch (all ranks, all micro-steps) divided by
-their count, so the gradient is that of one process holding every pack. No host synchronisation happens here.
+their count, so the gradient is that of one process holding every pack. The only host synchronisation here is
+DeepSpeed's own: whether the update's gradient norm is finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,9 +25,13 @@ class LossTotals:
         self._sums = torch.zeros(2, num_datasets, dtype=torch.float64, device=device)
 
     def add(self, token_losses: Tensor, datasets: Tensor) -> None:
-        """Add each supervised token's loss [L] to its dataset's total; `datasets` int64 [L]."""
-        self._sums[0].index_add_(0, datasets, token_losses.double())
-        self._sums[1].index_add_(0, datasets, torch.ones_like(token_losses, dtype=torch.float64))
+        """Add each supervised token's loss [L] to its dataset's total; `datasets` int64 [L].
+
+        A loss that is not finite is left out (its update is skipped, too): one of them would hide all others' mean.
+        """
+        finite = token_losses.isfinite()
+        self._sums[0].index_add_(0, datasets, torch.where(finite, token_losses, 0.0).double())
+        self._sums[1].index_add_(0, datasets, finite.double())
 
     def read(self, world: World) -> tuple[list[float], list[float]]:
         """(loss sums, token counts) per dataset over all ranks since the last read. Collective; synchronises."""
@@ -35,14 +41,67 @@ class LossTotals:
         return sums, counts
 
 
-def train_step(engine: Engine, packs: Sequence[PackedBatch], totals: LossTotals, world: World) -> None:
-    """Run `packs` (this rank's micro-steps of the step) forward and backward and update the parameters. Collective."""
-    count = torch.tensor(float(sum(pack.num_supervised for pack in packs)), device=engine.device)
-    world.sum(count)  # every rank holds the number of supervised tokens of the global batch
-    scale = world.size / count.clamp(min=1.0)  # DeepSpeed averages over ranks: undo it
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells the host; the same on every rank but for `losses`.
+
+    `skipped`: the update was left out, its gradient norm was not finite. `stop`: some rank asked to stop after it.
+    `losses` [micro-steps] are this rank's summed losses by pack, on the device.
+    """
+
+    skipped: bool
+    stop: bool
+    losses: Tensor
+
+
+def train_step(
+    engine: Engine,
+    packs: Sequence[PackedBatch],
+    totals: LossTotals,
+    world: World,
+    stop: bool = False,
+    note: Callable[[str, PackedBatch], None] | None = None,
+) -> StepResult:
+    """Run `packs` (this rank's micro-steps of the step) forward and backward and update the parameters. Collective.
+
+    A loss that is not finite makes its own gradient NaN, on the device, so that the norm over all ranks tells every
+    rank to skip: a loss can be infinite while its gradient still looks healthy. `stop` travels with the label count, so
+    that ranks that were signalled at different moments stop after the same step. `note` is told what happens to which
+    pack.
+    """
+    header = torch.tensor(
+        [float(sum(pack.num_supervised for pack in packs)), float(stop)], dtype=torch.float64, device=engine.device
+    )
+    world.sum(header)  # every rank holds the supervised tokens of the global batch, and how many ranks ask to stop
+    stops = _to_host(header)
+    scale = (world.size / header[0].clamp(min=1.0)).float()  # DeepSpeed averages over ranks: undo it
+    losses = []
     for pack in packs:
+        if note is not None:
+            note("forward and backward", pack)
         batch = pack.to(engine.device)
         output = engine(batch)
-        engine.backward(output.loss_sum * scale)
+        loss = output.loss_sum
+        engine.backward(loss * torch.where(loss.detach().isfinite(), scale, float("nan")))
         totals.add(output.token_losses, batch.loss_datasets)
+        losses.append(loss.detach())
         engine.step()
+    return StepResult(engine.skipped, stops()[1] > 0, torch.stack(losses))
+
+
+def _to_host(tensor: Tensor) -> Callable[[], list[float]]:
+    """Start a copy to the host; call the result for the values once they are needed.
+
+    On CUDA the copy is long done then: the update has waited for the gradient norm, which comes after it.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read

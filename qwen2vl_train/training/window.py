@@ -20,7 +20,8 @@ class Progress:
     """What a stage has done so far, over all ranks; saved with each checkpoint.
 
     `capacity` is packs * max_tokens, so fill = tokens / capacity. `seconds` is training time with data wait
-    (`wait_s` of it), without evaluation. `documents` counts by dataset, `lost` and `changed` by "dataset/reason".
+    (`wait_s` of it), without evaluation or checkpoints. `documents` counts by dataset, `lost`
+    and `changed` by "dataset/reason".
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class Progress:
     supervised: int = 0
     vision_tokens: int = 0
     capacity: int = 0
+    skipped_updates: int = 0
     seconds: float = 0.0
     wait_s: float = 0.0
     loss_first: float | None = None
@@ -45,8 +47,10 @@ class Progress:
     def tokens_per_s(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def fold(self, windows: Sequence[Window], seconds: float, wait_s: float, supervised: int, loss: float) -> None:
-        """Add every rank's window; `seconds` and `wait_s` are this rank's clock."""
+    def fold(
+        self, windows: Sequence[Window], seconds: float, wait_s: float, supervised: int, loss: float | None
+    ) -> None:
+        """Add every rank's window; `seconds` and `wait_s` are this rank's clock, `loss` None without any label."""
         for window in windows:
             self.packs += window.packs
             self.tokens += window.tokens
@@ -58,7 +62,7 @@ class Progress:
         self.seconds += seconds
         self.wait_s += wait_s
         self.loss_first = loss if self.loss_first is None else self.loss_first
-        self.loss_last = loss
+        self.loss_last = self.loss_last if loss is None else loss
 
 
 class Window:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 T = TypeVar("T")
 
@@ -80,6 +81,18 @@ def start_world(timeout_s: float) -> World:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def connect_store(prefix: str) -> Store:
+    """A connection of its own to the rendezvous store, for another thread than the main one.
+
+    Keys of an earlier start under `torchrun --max-restarts` are not seen.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=20), wait_for_workers=False
+    )
+    return PrefixStore(f"qwen2vl/{attempt}/{prefix}", store)
 
 
 def end_world() -> None:

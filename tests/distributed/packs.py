@@ -11,15 +11,21 @@ from qwen2vl_train.model.config import ModelConfig, TextConfig, VisionConfig
 
 VOCABULARY = 200
 SPECIAL = SpecialTokens(*range(VOCABULARY - 13, VOCABULARY))
-CONFIG = ModelConfig(
-    vision=VisionConfig(depth=2, embed_dim=32, num_heads=2),
-    text=TextConfig(VOCABULARY, 32, 64, 2, 2, 1, mrope_section=(2, 3, 3)),
-    tie_word_embeddings=True,
-    image_token_id=SPECIAL.image_pad,
-    video_token_id=SPECIAL.video_pad,
-    vision_start_token_id=SPECIAL.vision_start,
-    vision_end_token_id=SPECIAL.vision_end,
-)
+
+
+def model_config(tied: bool = True) -> ModelConfig:
+    return ModelConfig(
+        vision=VisionConfig(depth=2, embed_dim=32, num_heads=2),
+        text=TextConfig(VOCABULARY, 32, 64, 2, 2, 1, mrope_section=(2, 3, 3)),
+        tie_word_embeddings=tied,
+        image_token_id=SPECIAL.image_pad,
+        video_token_id=SPECIAL.video_pad,
+        vision_start_token_id=SPECIAL.vision_start,
+        vision_end_token_id=SPECIAL.vision_end,
+    )
+
+
+CONFIG = model_config()
 PLANS = {"image": MediaPlan("image", (1, 4, 6), 1), "video": MediaPlan("video", (2, 4, 2), 4)}
 
 
@@ -44,10 +50,13 @@ def document(
 
 
 def uneven_packs(count: int, seed: int = 0) -> list[PackedBatch]:
-    """`count` packs whose kinds and label counts differ wildly: text alone, stills, clips only, no label at all."""
+    """`count` packs whose kinds and label counts differ wildly: text alone (132 labels), stills, clips only (3), none.
+
+    Dealt out to 2 ranks, rank 0 has the text and the clips; to 4, one has clips only and one never has a label.
+    """
     generator = torch.Generator().manual_seed(seed)
     kinds = [
-        [((), 9, 9), ((), 30, 2)],
+        [((), 130, 130), ((), 30, 2)],
         [(("image",), 6, 1), (("image", "video"), 12, 5)],
         [(("video",), 5, 3)],
         [(("image",), 7, 0)],

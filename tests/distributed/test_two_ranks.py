@@ -12,7 +12,7 @@ from qwen2vl_train.config import LearningRates, OptimConfig
 from qwen2vl_train.model.parts import freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise
-from qwen2vl_train.training.optim import adamw, parameter_groups
+from qwen2vl_train.training.optim import build_optimizer, parameter_groups
 from tests.distributed.packs import CONFIG, uneven_packs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def one_process(trainable: str) -> dict:
     initialise(model, seed=1)
     freeze(model, trainable.split(","))
     optim = OptimConfig(LearningRates(1e-3, 1e-3, 1e-3), clip_norm=0.5)
-    optimizer = adamw(parameter_groups(model, optim, CONFIG.vision.depth), optim)
+    optimizer = build_optimizer(parameter_groups(model, optim, CONFIG.vision.depth), optim)
     losses, norms = [], []
     for step in range(STEPS):
         packs = uneven_packs(PACKS, seed=step)

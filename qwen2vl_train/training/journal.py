@@ -1,0 +1,99 @@
+"""What is logged: the figures of a window of steps, summed over all ranks, and the samples' error budget.
+
+Enters: a step's packs and losses as they come (`window`, `totals`). Leaves: a line of metrics per log, folded into the
+stage's `Progress`. A log is the loop's only host synchronisation besides DeepSpeed's own, and its only gathering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen2vl_train.config import StageConfig
+from qwen2vl_train.training.engine import Engine
+from qwen2vl_train.training.monitor import Monitor
+from qwen2vl_train.training.step import LossTotals
+from qwen2vl_train.training.window import Progress, Window
+from qwen2vl_train.training.world import World
+
+
+class ErrorBudgetError(ValueError):
+    """A dataset lost more samples than its configuration allows."""
+
+
+class Journal:
+    """Counts between logs (`window`, `totals`) and writes them."""
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        name: str,
+        folder: Path,
+        dataset_names: Sequence[str],
+        world: World,
+        monitor: Monitor,
+    ) -> None:
+        self._stage, self._name, self._folder = stage, name, folder
+        self._dataset_names = tuple(dataset_names)
+        self._world, self._monitor = world, monitor
+        self.totals = LossTotals(len(self._dataset_names), world.device)
+        self.window = Window(self._dataset_names)
+
+    def log(self, engine: Engine, progress: Progress) -> None:
+        """Fold the window into `progress`, report it, start the next. Collective; nothing if no step was counted.
+
+        Raises:
+            ErrorBudgetError: a dataset lost too many of its samples, on every rank alike.
+        """
+        window = self.window
+        if not window.steps:
+            return
+        sums, counts = self.totals.read(self._world)
+        windows = self._world.gather(window)
+        seconds = window.seconds()
+        loss = sum(sums) / sum(counts) if sum(counts) else None
+        progress.fold(windows, seconds, window.wait_s, int(sum(counts)), loss)
+        tokens, vision, capacity = (
+            sum(getattr(part, name) for part in windows) for name in ("tokens", "vision_tokens", "capacity")
+        )
+        metrics: dict[str, Any] = {
+            "gradient_norm": engine.gradient_norm(),
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised,
+            "tokens_per_s": tokens / seconds,
+            "step_s": seconds / window.steps,
+            "data_wait_share": window.wait_s / seconds,
+            "fill": tokens / max(1, capacity),
+            "vision_share": vision / max(1, tokens),
+            "skipped": sum(progress.lost.values()),
+            "skipped_updates": progress.skipped_updates,
+        }
+        if loss is not None:
+            metrics = {"loss": loss} | metrics
+        metrics |= {f"lr/{name}": rate for name, rate in engine.rates().items()}
+        named = zip(self._dataset_names, sums, counts, strict=True)
+        metrics |= {f"loss/{name}": total / count for name, total, count in named if count}
+        metrics |= {f"documents/{name}": count for name, count in progress.documents.items()}
+        metrics |= {f"skipped/{name}": count for name, count in progress.lost.items()}
+        self._monitor.log(self._name, progress.step, metrics)
+        shown = "no labels" if loss is None else f"loss {loss:.3f}"
+        self._monitor.advance(progress.step, f"{shown}  {tokens / seconds:,.0f} tok/s")
+        self._check_losses_of_samples(progress)
+        window.reset()
+
+    def _check_losses_of_samples(self, progress: Progress) -> None:
+        """Stop when a dataset loses more of its samples than its `max_error_rate` (from 100 samples on).
+
+        Every rank holds the same counts here, so all stop together.
+        """
+        for name, source in self._stage.data.sources.items():
+            lost = sum(count for label, count in progress.lost.items() if label.rpartition("/")[0] == name)
+            seen = lost + progress.documents.get(name, 0)
+            if seen >= 100 and lost > source.max_error_rate * seen:
+                reasons = ", ".join(f"{label}: {count}" for label, count in sorted(progress.lost.items()))
+                raise ErrorBudgetError(
+                    f"dataset {name} lost {lost} of {seen} samples, over its max_error_rate {source.max_error_rate} "
+                    f"({reasons}); {self._folder}/ledger-rank*.jsonl names each one. Repair or drop them, or raise "
+                    f"mixture.{self._name}.{name}.max_error_rate"
+                )

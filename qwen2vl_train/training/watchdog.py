@@ -1,0 +1,195 @@
+"""The watchdog: no rank hangs in silence.
+
+Enters: notes of what each rank is doing. Leaves, when a rank makes no progress for too long: a report that names it,
+what it was doing, its sample keys and its Python stack, on stderr and in `stall.txt`; then every rank ends with code
+76. Costs one small message per rank and tick to the rendezvous store, from a thread of its own; no collective is used,
+since collectives are what hangs.
+
+Who stalls: all ranks stop together, one because it is stuck, the others in a collective that waits for it. Every rank
+makes the same notes in the same order, so the stuck one has made fewest; among equals it is the one whose main thread
+is not inside a collective. A process that is stopped, or whose C code holds the interpreter, stops sending altogether.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch._C._distributed_c10d import Store
+
+from data_pipelines.samples import PackedBatch
+from qwen2vl_train.config import WatchdogConfig
+from qwen2vl_train.training.failure import FAILURE_KEY, FAILURE_PREFIX
+from qwen2vl_train.training.stopping import EXIT_STALLED
+from qwen2vl_train.training.world import World, connect_store
+
+_COLLECTIVE_FILES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
+_PATIENCE_TICKS = 3
+_FAILURE_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What one rank last told the others. `notes` counts its notes; `stack` is there once it is overdue."""
+
+    rank: int
+    host: str
+    pid: int
+    tick: int = 0
+    notes: int = 0
+    activity: str = "starting"
+    keys: tuple[str, ...] = ()
+    still_s: float = 0.0
+    stack: str = ""
+
+    @property
+    def in_collective(self) -> bool:
+        """Its main thread waits for other ranks."""
+        return any(file in self.stack for file in _COLLECTIVE_FILES)
+
+
+class Watchdog:
+    """Entered around the training loop; `note` at each change of activity."""
+
+    def __init__(self, config: WatchdogConfig, world: World, folder: Path) -> None:
+        self._config = config
+        self._world = world
+        self._folder = folder
+        self._beat = Beat(world.rank, socket.gethostname(), os.getpid())
+        self._since, self._limit_s = time.monotonic(), config.stall_s
+        self._tick_s = min(5.0, max(0.2, config.stall_s / 10))
+        self._ended = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._config.stall_s > 0:
+            self.note("starting the loop")
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def note(self, activity: str, keys: Sequence[str] = (), limit_s: float | None = None) -> None:
+        """This rank now does `activity` (with the samples `keys`), for at most `limit_s` seconds (None: `stall_s`).
+
+        Every rank must make the same notes in the same order.
+        """
+        self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=tuple(keys))
+        self._since, self._limit_s = time.monotonic(), limit_s or self._config.stall_s
+
+    def note_pack(self, activity: str, pack: PackedBatch) -> None:
+        """`note` for one pack."""
+        self.note(f"{activity} of pack {pack.number}", pack.keys)
+
+    def _watch(self) -> None:
+        """The thread: send beats; when this rank is overdue, find out with the others who stalls, tell and end."""
+        store, failures = connect_store("watchdog"), connect_store(FAILURE_PREFIX)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stacks = (self._folder / f"stacks-rank{self._world.rank}.txt").open("w")
+        tick = 0
+        while not self._ended.wait(self._tick_s):
+            tick += 1
+            still_s = time.monotonic() - self._since
+            try:
+                self._send(store, tick, still_s)
+                failed = failures.check([FAILURE_KEY])
+            except Exception as error:
+                print(f"rank {self._world.rank}: the rendezvous store is gone ({error})", file=sys.stderr, flush=True)
+                return  # with its host; the collectives will say so
+            if failed and not self._ended.wait(_FAILURE_GRACE_S):
+                print(f"rank {self._world.rank} ends: another rank failed", file=sys.stderr, flush=True)
+                os._exit(1)  # NCCL would leave this rank waiting for the one that failed
+            # Fires from C if this thread cannot run for so long because other code holds the interpreter.
+            faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=stacks)
+            if still_s > self._limit_s:
+                self._end_run(store, tick)
+
+    def _send(self, store: Store, tick: int, still_s: float) -> None:
+        stack = self._stack() if still_s > self._limit_s else ""
+        beat = replace(self._beat, tick=tick, still_s=still_s, stack=stack)
+        store.set(f"beat/{self._world.rank}", json.dumps(asdict(beat)))
+
+    def _stack(self) -> str:
+        frame = sys._current_frames().get(self._main or 0)
+        return "".join(traceback.format_stack(frame)[-25:]) if frame else ""
+
+    def _end_run(self, store: Store, tick: int) -> None:
+        """Give the others time to send their stacks, judge, report once, end this process."""
+        before = self._read(store)
+        notes = self._beat.notes
+        for _ in range(_PATIENCE_TICKS):
+            if self._ended.wait(self._tick_s) or self._beat.notes != notes:
+                return  # it moved after all
+            tick += 1
+            self._send(store, tick, time.monotonic() - self._since)
+        beats = self._read(store)
+        silent = {rank for rank, beat in beats.items() if beat.tick == before.get(rank, beat).tick and rank in before}
+        silent |= set(range(self._world.size)) - set(beats)
+        speaker = min((rank for rank in beats if rank not in silent), default=self._world.rank)
+        if speaker == self._world.rank:
+            text = describe_stall(beats, silent, self._config.stall_s)
+            (self._folder / "stall.txt").write_text(text)
+            print(text, file=sys.stderr, flush=True)
+            store.set("reported", "1")
+        else:
+            deadline = time.monotonic() + 10
+            while not store.check(["reported"]) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        with (self._folder / f"stacks-rank{self._world.rank}.txt").open("a") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        os._exit(EXIT_STALLED)  # nothing else ends a main thread that waits inside a collective
+
+    def _read(self, store: Store) -> dict[int, Beat]:
+        names = {rank: f"beat/{rank}" for rank in range(self._world.size)}
+        beats = {rank: json.loads(store.get(name)) for rank, name in names.items() if store.check([name])}
+        return {rank: Beat(**fields | {"keys": tuple(fields["keys"])}) for rank, fields in beats.items()}
+
+
+def find_stalled(beats: dict[int, Beat], silent: set[int]) -> list[int]:
+    """The ranks that hold up the others: those that send nothing, else those with the fewest notes.
+
+    Among several with equally few, those whose main thread is not inside a collective, if there are any.
+    """
+    if silent:
+        return sorted(silent)
+    fewest = min(beat.notes for beat in beats.values())
+    last = [rank for rank, beat in beats.items() if beat.notes == fewest]
+    return [rank for rank in last if not beats[rank].in_collective] or last
+
+
+def describe_stall(beats: dict[int, Beat], silent: set[int], stall_s: float) -> str:
+    """The report: every rank in a line, then the stalled ones with keys and stack."""
+    stalled = find_stalled(beats, silent)
+    lines = [f"\nSTALLED: no progress within {stall_s:.0f} s (watchdog.stall_s). Every rank's last note:"]
+    for rank, beat in sorted(beats.items()):
+        mark = "sends nothing any more" if rank in silent else f"for {beat.still_s:.0f} s"
+        lines.append(f"  rank {rank} ({beat.host}, process {beat.pid}): {beat.activity}, {mark}")
+    lines += [f"  rank {rank}: never sent anything" for rank in sorted(silent - set(beats))]
+    for rank in stalled:
+        if rank not in beats:
+            continue
+        beat = beats[rank]
+        why = ": its process is stopped, gone, or holds the interpreter in C code" if rank in silent else ""
+        lines.append(f"\nrank {rank} holds up the others{why}. It was at: {beat.activity}")
+        lines.append(f"samples: {', '.join(beat.keys) or 'none noted'}")
+        lines.append(f"Python stack (most recent call last):\n{beat.stack}" if beat.stack else "no stack was sent")
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""A loss or gradient that is not finite: no rank updates, the packs are named, the run ends past its limit."""
+
+import json
+
+import pytest
+import torch
+
+from tests.distributed.launch import metrics, train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.timeout(1000)]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "main" / "skipped_updates.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_bad_pack_on_one_rank_costs_every_rank_that_update_and_nothing_else(tmp_path, stage):
+    """Packs 5 (rank 1) and 10 (rank 0) of 4 per step spoil steps 2 and 3: the weights are those of step 1 alone."""
+    finished = train(2, tmp_path / "bad", steps=3, packs=4, zero_stage=stage, bad_packs={"5": "loss", "10": "gradient"})
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    clean = train(2, tmp_path / "clean", steps=1, packs=4, zero_stage=stage)
+    assert clean.returncode == 0, clean.stderr[-3000:]
+    bad, good = torch.load(tmp_path / "bad" / "weights.pt"), torch.load(tmp_path / "clean" / "weights.pt")
+    assert all(torch.equal(bad[name], good[name]) for name in good)
+    first, *second = rows(tmp_path / "bad")
+    assert first == {"step": 2, "pack": 5, "rank": 1, "loss": None, "keys": ["key-5-0", "key-5-1"]}
+    # every loss of step 3 is finite: all its packs are suspects
+    assert [(row["step"], row["pack"]) for row in second] == [(3, 8), (3, 10), (3, 9), (3, 11)]
+    logged = metrics(tmp_path / "bad")
+    assert [logged[step]["skipped_updates"] for step in (1, 2, 3)] == [0, 1, 2]
+    assert logged[2]["loss"] > 0
+    assert logged[2]["gradient_norm"] is None
+
+
+def test_the_run_ends_at_the_limit_with_the_samples_named(tmp_path):
+    finished = train(
+        2, tmp_path, steps=9, packs=4, bad_packs={"5": "loss", "9": "loss"}, guard={"max_skipped_in_row": 2}
+    )
+    assert finished.returncode != 0
+    assert "2 times in a row" in finished.stderr
+    assert "key-9-0" in finished.stderr
+    assert max(metrics(tmp_path)) == 2  # the step that passed the limit raised before its log

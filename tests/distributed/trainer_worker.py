@@ -1,0 +1,202 @@
+"""One rank of the tests of the loop: the real `Trainer` on hand-made packs, with a fault where the test wants one.
+
+Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the options, all optional:
+    steps, packs, every, keep, keep_every, min_free_gb, resume, optimizer, zero_stage, precision, trainable, tied, clip
+    mix: true draws each pack's kinds at random       step_s: seconds that each step sleeps
+    bad_packs: {number: "loss" | "gradient"}          guard, watchdog: fields of their configurations
+    fault: {"kind": "data" | "forward" | "stop" | "raise" | "diskfull", "rank": r, "step": s}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data_pipelines.config import DataConfig, PlanConfig
+from data_pipelines.pack.collate import collate
+from data_pipelines.samples import PackedBatch
+from qwen2vl_train.config import (
+    CheckpointConfig,
+    DataSettings,
+    EngineConfig,
+    EvaluationConfig,
+    GuardConfig,
+    LearningRates,
+    ModelSettings,
+    MonitorConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    StageConfig,
+    WatchdogConfig,
+)
+from qwen2vl_train.model.head import LossOutput
+from qwen2vl_train.model.qwen2vl import Qwen2VL
+from qwen2vl_train.training import trainer as trainer_module
+from qwen2vl_train.training.failure import exit_after
+from qwen2vl_train.training.monitor import Monitor
+from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted
+from qwen2vl_train.training.trainer import Trainer
+from qwen2vl_train.training.world import World, end_world, start_world
+from tests.distributed.packs import SPECIAL, document, model_config, uneven_packs
+
+KINDS = ((), ("image",), ("video",), ("image", "video"), ("image", "image"))
+
+
+def mixed_packs(count: int, step: int) -> list[PackedBatch]:
+    """Packs of random kinds and lengths, one in ten without any sample, one in five without a label."""
+    packs = []
+    for slot in range(count):
+        generator = torch.Generator().manual_seed(1000 * step + slot)
+        draw = torch.rand(4, generator=generator).tolist()
+        words = 1 + int(20 * draw[1])
+        shape = (KINDS[int(draw[0] * len(KINDS))], words, 0 if draw[2] < 0.2 else max(1, int(words * draw[2])))
+        documents = [] if draw[3] < 0.1 else [document(generator, *shape, dataset=slot % 2)]
+        packs.append(collate(step * count + slot, documents, SPECIAL, max_tokens=256))
+    return packs
+
+
+class HandMadeLoader:
+    """Stands in for PackLoader: step s has the same packs for any number of ranks."""
+
+    options: dict
+
+    def __init__(self, config, tokenizer, packs_per_step, rank, world, seed, pin_memory=False) -> None:
+        self.dataset_names = ("even", "odd")
+        self._packs, self._rank, self._world, self._step = packs_per_step, rank, world, 0
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        while True:
+            step = self._step
+            if self.options.get("mix"):
+                packs = mixed_packs(self._packs, step)
+            else:
+                packs = uneven_packs(self._packs, seed=step)
+            for number, pack in enumerate(packs):
+                pack.number = step * self._packs + number
+                pack.keys = tuple(f"key-{pack.number}-{place}" for place in range(len(pack.keys)))
+            time.sleep(self.options.get("step_s", 0))
+            fault = self.options.get("fault", {})
+            if fault.get("kind") == "data" and (fault["rank"], fault["step"]) == (self._rank, step):
+                time.sleep(1000)
+            self._step += 1
+            yield packs[self._rank :: self._world]
+
+    def state_dict(self) -> dict:
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._step = state["step"]
+
+    def close(self) -> None:
+        self._closed = True
+
+
+def faulty_forward(options: dict, world: World, packs_per_step: int):
+    bad = {int(number): kind for number, kind in options.get("bad_packs", {}).items()}
+    fault = options.get("fault", {})
+    plain = Qwen2VL.forward
+
+    def forward(self, batch):
+        here = fault and (fault["rank"], fault["step"]) == (world.rank, batch.number // packs_per_step)
+        if here and fault["kind"] == "forward":
+            time.sleep(1000)
+        if here and fault["kind"] == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if here and fault["kind"] == "raise":
+            raise RuntimeError(f"the cause lies in pack {batch.number}")
+        output = plain(self, batch)
+        kind = bad.get(batch.number)
+        if kind == "loss":
+            return LossOutput(output.loss_sum + float("inf"), output.token_losses + float("nan"))
+        if kind == "gradient":
+            output.loss_sum.register_hook(lambda gradient: gradient * float("inf"))
+        return output
+
+    return forward
+
+
+def configure(run_dir: Path, options: dict) -> RunConfig:
+    trainable = tuple(options.get("trainable", "vit,merger,llm").split(","))
+    optim = OptimConfig(LearningRates(1e-3, 1e-3, 1e-3), options.get("optimizer", "adamw"), clip_norm=0.5)
+    stage = StageConfig(
+        trainable=trainable,
+        steps=options.get("steps", 6),
+        packs_per_step=options.get("packs", 4),
+        optim=optim,
+        data=DataConfig(sources={}, plan=PlanConfig(max_tokens=256)),
+        schedule=ScheduleConfig("constant"),
+        init_from="scratch",
+    )
+    engine = EngineConfig(
+        options.get("zero_stage", 3),
+        options.get("precision", "fp32"),
+        offload_optimizer=options.get("offload_optimizer", False),
+        offload_parameters=options.get("offload_parameters", False),
+        param_persistence_threshold=0,
+        prefetch_bucket_size=100_000,
+        reduce_bucket_size=100_000,
+        timeout_s=120,
+    )
+    return RunConfig(
+        run_dir=str(run_dir),
+        seed=1,
+        chain=("main",),
+        stages={"main": stage},
+        model=ModelSettings(model_config(options.get("tied", True))),
+        data=DataSettings("", ""),
+        engine=engine,
+        checkpoint=CheckpointConfig(
+            options.get("every", 0), options.get("keep", 2), options.get("keep_every", 0), options.get("min_free_gb", 0)
+        ),
+        monitor=MonitorConfig("disabled", log_every=1),
+        evaluation=EvaluationConfig(),
+        guard=GuardConfig(**options.get("guard", {})),
+        watchdog=WatchdogConfig(**options.get("watchdog", {"stall_s": 60})),
+        resume=options.get("resume", "auto"),
+    )
+
+
+def main() -> int:
+    run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    run = configure(run_dir, options)
+    world = start_world(run.engine.timeout_s)
+    HandMadeLoader.options = options
+    trainer_module.PackLoader = HandMadeLoader
+    trainer_module.TextTokenizer = lambda path: None
+    Qwen2VL.forward = faulty_forward(options, world, run.stages["main"].packs_per_step)
+
+    def export(tensors, *arguments) -> None:
+        weights = dict(tensors)
+        if world.is_main:
+            torch.save(weights, run_dir / "weights.pt")
+        world.barrier()
+
+    trainer_module.export_model = export
+    run_dir.mkdir(parents=True, exist_ok=True)
+    monitor = Monitor(run_dir, run.monitor, {}, active=world.is_main)
+    init = Path(options["init"]) if "init" in options else None
+    try:
+        Trainer(run, "main", init, run.model.config, world, monitor, run.resume).fit()
+    except Preempted as order:
+        print(order, file=sys.stderr)
+        world.barrier()
+        end_world()
+        return EXIT_PREEMPTED
+    except Exception as error:
+        exit_after(error, world)
+    world.barrier()
+    end_world()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
