@@ -159,7 +159,7 @@ def _progress(console: Console, name: str) -> Iterator[Callable[[int], None]]:
 
 def _print_report(report: ImportReport, settings: ImportSettings) -> None:
     table = Table(title=f"{settings.name}: {settings.out}", title_justify="left", show_header=False)
-    table.add_row("items read", f"{report.items:,}")
+    table.add_row("entries read", f"{report.items:,}")
     table.add_row("samples written", f"{report.records:,} ({', '.join(f'{k} {v:,}' for k, v in report.tasks.items())})")
     table.add_row("media stored", f"{report.media:,}")
     table.add_row("shards", f"{report.shards:,}, {report.bytes / 1e6:,.1f} MB")

@@ -67,7 +67,7 @@ class ShardResult:
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """Totals of an import. `items` counts what the source held, usable or not."""
+    """Totals of an import. `items` counts the entries of the source, those that could not be read included."""
 
     items: int
     records: int
