@@ -165,7 +165,8 @@ class PackLoader:
         mixture = {name: [source.weight, source.epochs, source.schedule] for name, source in config.sources.items()}
         return {
             "seed": self._seed,
-            "counting": self._sources[0].counting.name,
+            "template": config.template,
+            "tokenizer": self._tokenizer.fingerprint,
             "media": repr(config.media),
             "plan": repr(config.plan),
             **{
