@@ -149,7 +149,7 @@ def encode_clip(clip: Clip, stencils: Stencils) -> bytes:
                 if number >= actor.first_frame:
                     x, y = actor.corner(number, clip.num_frames)
                     ink = add_rgb(COLORS[actor.color], actor.ink)
-                    stamp(frame, stencils.shape(actor.kind, actor.side), x, y, ink)
+                    stamp(frame, stencils.shape(actor.kind, actor.side, actor.side), x, y, ink)
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(video.encode())
     return stream.getvalue()

@@ -20,6 +20,10 @@ from data_pipelines.sources.demo_stencils import Mask, Stencils
 Picture = NDArray[np.uint8]
 
 JPEG_QUALITY = 90
+# Pictures hang in thin frames. The ViT knows places only relative to each other (2D-RoPE): the edge is what a patch on an
+# empty ground can measure its place by. Without, a model of this size had not begun to point after 20,000 pictures.
+FRAME = 5  # pixels
+FRAME_ON_LIGHT, FRAME_ON_DARK = (70, 60, 50), (190, 180, 170)
 PLATE_COLOR, INK_COLOR = (248, 248, 248), (12, 12, 12)
 
 
@@ -27,8 +31,8 @@ def draw_scene(scene: Scene, stencils: Stencils) -> Picture:
     """The scene as uint8 [height, width, 3]."""
     canvas = draw_background(scene.background, scene.width, scene.height)
     for shape, ink in zip(scene.shapes, scene.inks, strict=True):
-        x1, y1, x2, _ = shape.box
-        stamp(canvas, stencils.shape(shape.kind, x2 - x1), x1, y1, add_rgb(COLORS[shape.color], ink))
+        x1, y1, x2, y2 = shape.box
+        stamp(canvas, stencils.shape(shape.kind, x2 - x1, y2 - y1), x1, y1, add_rgb(COLORS[shape.color], ink))
     if scene.word is not None:
         sign = stencils.word(scene.word.text, scene.word.size, scene.word.angle_deg)
         x, y = scene.word.box[:2]
@@ -54,7 +58,11 @@ def draw_background(background: Background, width: int, height: int) -> Picture:
     if background.style == "noise":
         noise = np.random.Generator(np.random.PCG64(background.seed)).integers(-10, 11, (height, width, 1))
         canvas += noise
-    return canvas.clip(0, 255).astype(np.uint8)
+    picture: Picture = canvas.clip(0, 255).astype(np.uint8)
+    frame = np.ones((height, width), bool)
+    frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    picture[frame] = FRAME_ON_LIGHT if sum(background.first) > 3 * 128 else FRAME_ON_DARK
+    return picture
 
 
 def stamp(canvas: Picture, mask: Mask, x: int, y: int, color: Rgb) -> None:

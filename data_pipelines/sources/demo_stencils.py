@@ -38,15 +38,15 @@ class Stencils:
     """Draws stencils and remembers them. One per process; what it returns depends on the arguments alone."""
 
     def __init__(self) -> None:
-        self._shapes: dict[tuple[str, int], Mask] = {}
+        self._shapes: dict[tuple[str, int, int], Mask] = {}
         self._words: dict[tuple[str, int, int], Sign] = {}
         self._fonts: dict[int, ImageFont.FreeTypeFont] = {}
 
-    def shape(self, kind: str, side: int) -> Mask:
-        """The mask uint8 [side, side] of "circle", "square", "triangle" or "cross", touching all four edges."""
-        key = (kind, side)
+    def shape(self, kind: str, width: int, height: int) -> Mask:
+        """The mask uint8 [height, width] of "square", "ring" or "cross", touching all four edges."""
+        key = (kind, width, height)
         if key not in self._shapes:
-            self._shapes[key] = _draw_shape(kind, side)
+            self._shapes[key] = _draw_shape(kind, width, height)
         return self._shapes[key]
 
     def word(self, text: str, size: int, angle_deg: int) -> Sign:
@@ -76,22 +76,20 @@ class Stencils:
         return Sign(np.asarray(plate), np.asarray(ink), quad)
 
 
-def _draw_shape(kind: str, side: int) -> Mask:
-    n = side * OVERSAMPLING
-    image = Image.new("L", (n, n))
+def _draw_shape(kind: str, width: int, height: int) -> Mask:
+    image = Image.new("L", (width * OVERSAMPLING, height * OVERSAMPLING))
     draw = ImageDraw.Draw(image)
-    if kind == "circle":
-        draw.ellipse((0, 0, n - 1, n - 1), fill=255)
-    elif kind == "square":
-        draw.rectangle((0, 0, n - 1, n - 1), fill=255)
-    elif kind == "triangle":
-        draw.polygon(((n // 2, 0), (n - 1, n - 1), (0, n - 1)), fill=255)
+    right, bottom = image.width - 1, image.height - 1
+    if kind == "square":
+        draw.rectangle((0, 0, right, bottom), fill=255)
+    elif kind == "ring":
+        draw.ellipse((0, 0, right, bottom), fill=255)
+        draw.ellipse((right * 30 // 100, bottom * 30 // 100, right * 70 // 100, bottom * 70 // 100), fill=0)
     elif kind == "cross":
-        low, high = n * 32 // 100, n * 68 // 100
-        draw.rectangle((low, 0, high, n - 1), fill=255)
-        draw.rectangle((0, low, n - 1, high), fill=255)
+        draw.rectangle((right * 32 // 100, 0, right * 68 // 100, bottom), fill=255)
+        draw.rectangle((0, bottom * 32 // 100, right, bottom * 68 // 100), fill=255)
     else:
-        raise ValueError(f"shape {kind!r}: one of circle, square, triangle, cross")
+        raise ValueError(f"shape {kind!r}: one of square, ring, cross")
     return np.asarray(image.reduce(OVERSAMPLING))
 
 
