@@ -37,6 +37,8 @@ def _is_local_rank(word: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from qwen2vl_train import ask, assemble  # torch and transformers load only now
+
     parser = argparse.ArgumentParser("qwen2vl", description="Train Qwen2-VL from its parts: three stages, one trainer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -63,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="print the composed and validated configuration as YAML")
     _add_overrides(config)
     config.set_defaults(run=_config)
+
+    assemble.add_arguments(commands)
+    ask.add_arguments(commands)
 
     report = commands.add_parser("report", help="write report.html for a finished or running run")
     report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder, e.g. runs/demo")
