@@ -79,10 +79,16 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Worker processes per rank (0: decode in the training process) and packs prefetched by each."""
+    """Worker processes per rank (0: decode in the training process) and packs prefetched by each.
+
+    `prefetch_mb` bounds the shared memory of a rank's prefetched packs; it lowers `prefetch_factor`, to 1 at least.
+    `sample_timeout_s`: a sample that takes longer is left out, and its worker replaced.
+    """
 
     num_workers: int = 2
     prefetch_factor: int = 2
+    prefetch_mb: int = 4096
+    sample_timeout_s: float = 300.0
 
 
 @dataclass(frozen=True)

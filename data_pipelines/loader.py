@@ -11,34 +11,24 @@ A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
 from collections import deque
 from collections.abc import Iterator
-from multiprocessing import parent_process
+from itertools import islice
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-
 from data_pipelines.config import DataConfig
-from data_pipelines.encode.sample import SampleEncoder
-from data_pipelines.errors import DataError, PlanMismatch
 from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
-from data_pipelines.pack.collate import collate
+from data_pipelines.pack.read import PackReader
+from data_pipelines.pack.workers import WorkerPool, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.mixture import mixture_phases
-from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack, Planner
-from data_pipelines.samples import Encoded, LedgerEvent, PackedBatch
+from data_pipelines.samples import PackedBatch
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
 STATE_VERSION = 1
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def open_sources(
@@ -99,8 +89,7 @@ class PackLoader:
         self._sources = open_sources(config, tokenizer, progress=progress)
         self._planner = self._new_planner()
         self._state = self._planner.state_dict()
-        self._loader: DataLoader[PackedBatch] | None = None
-        self._batches: Iterator[PackedBatch] | None = None
+        self._pool: WorkerPool | None = None
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         """Steps from the current state on; each is this rank's packs in slot order."""
@@ -108,21 +97,11 @@ class PackLoader:
         planner = self._new_planner()
         planner.load_state_dict(self._state)
         ahead: deque[dict[str, Any]] = deque()
-        sampler = _PlanSampler(planner, self._packs_per_step, self._rank, self._world, self._cost, ahead)
-        settings = self._config.loader
-        self._loader = DataLoader(
-            _PackDataset(self._sources, self._config, self._tokenizer),
-            sampler=sampler,
-            batch_size=None,
-            num_workers=settings.num_workers,
-            prefetch_factor=settings.prefetch_factor if settings.num_workers else None,
-            collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
-            pin_memory=self._pin_memory,
-        )
-        self._batches = iter(self._loader)
-        while self._batches is not None:
-            step = [next(self._batches) for _ in range(self._packs_per_step // self._world)]
+        batches = self._batches(self._packs_of_rank(planner, ahead))
+        while True:
+            step = list(islice(batches, self._packs_per_step // self._world))
+            if not step:
+                return  # closed meanwhile
             # What counts as done is what was handed out; packs that workers hold ready are planned again on a resume.
             self._state = ahead.popleft()
             yield step
@@ -151,10 +130,40 @@ class PackLoader:
 
     def close(self) -> None:
         """End the workers. Iterating again starts them anew from the current state."""
-        batches, self._batches, self._loader = self._batches, None, None
-        shutdown = getattr(batches, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def _packs_of_rank(self, planner: Planner, ahead: deque[dict[str, Any]]) -> Iterator[Pack]:
+        """This rank's packs without end; the plan's state after each step is appended to `ahead`."""
+        while True:
+            packs = [planner.next_pack() for _ in range(self._packs_per_step)]
+            ahead.append(planner.state_dict())
+            if self._cost is not None:
+                packs = order_by_cost(packs, self._cost)
+            yield from packs[self._rank :: self._world]
+
+    def _batches(self, packs: Iterator[Pack]) -> Iterator[PackedBatch]:
+        """The packs as batches, made here or by workers."""
+        settings, plan = self._config.loader, self._config.plan
+        reader = PackReader(self._sources, self._config, self._tokenizer)
+        if settings.num_workers == 0:
+            yield from (batch.pin_memory() if self._pin_memory else batch for batch in map(reader.__getitem__, packs))
+        size = slot_bytes(plan.max_tokens, plan.max_patches)
+        prefetch = max(1, min(settings.prefetch_factor, (settings.prefetch_mb << 20) // (size * settings.num_workers)))
+        pool = self._pool = WorkerPool(
+            lambda watch: PackReader(self._sources, self._config, self._tokenizer, watch).__getitem__,
+            lambda pack, number: (self.dataset_names[pack.items[number].source], reader.key(pack.items[number])),
+            settings.num_workers,
+            prefetch,
+            size,
+            settings.sample_timeout_s,
+            self._pin_memory,
+        )
+        while self._pool is pool:
+            while pool.has_room:
+                pool.submit(next(packs))
+            yield pool.next()
 
     def _new_planner(self) -> Planner:
         return new_planner(self._config, self._sources, self._seed)
@@ -174,88 +183,3 @@ class PackLoader:
                 for source in self._sources
             },
         }
-
-
-class _PlanSampler(Sampler[Pack]):
-    """The plan as a DataLoader's sampler: this rank's packs in order. The state after each step goes to `ahead`."""
-
-    def __init__(
-        self,
-        planner: Planner,
-        packs_per_step: int,
-        rank: int,
-        world: int,
-        cost: PackCost | None,
-        ahead: deque[dict[str, Any]],
-    ) -> None:
-        self._planner, self._packs_per_step, self._rank, self._world = planner, packs_per_step, rank, world
-        self._cost, self._ahead = cost, ahead
-
-    def __iter__(self) -> Iterator[Pack]:
-        while True:
-            packs = [self._planner.next_pack() for _ in range(self._packs_per_step)]
-            self._ahead.append(self._planner.state_dict())
-            if self._cost is not None:
-                packs = order_by_cost(packs, self._cost)
-            yield from packs[self._rank :: self._world]
-
-
-class _PackDataset(Dataset[PackedBatch]):
-    """Pack → batch. Stateless: what it returns depends on the pack alone."""
-
-    def __init__(self, sources: list[SourceIndex], config: DataConfig, tokenizer: TextTokenizer) -> None:
-        self._sources, self._special = sources, tokenizer.special
-        self._max_tokens = config.plan.max_tokens
-        self._encoder = SampleEncoder(tokenizer, config.template, config.media, config.plan.max_tokens)
-
-    def __getitem__(self, pack: Pack) -> PackedBatch:
-        """Read, decode, encode and collate one pack; failing samples become events."""
-        documents, events = [], list(pack.events)
-        for item in pack.items:
-            name = self._sources[item.source].name
-            try:
-                document, notes = self._encode(item)
-                documents.append(document)
-                events += [LedgerEvent(name, note.key, note.reason, note.message) for note in notes]
-            except DataError as error:
-                events.append(LedgerEvent(name, error.key, error.reason, error.message))
-            except PlanMismatch as error:
-                events.append(LedgerEvent(name, self._key(item), "plan_mismatch", f"defect of this program: {error}"))
-            except Exception as error:
-                # Decoders raise what they like on broken bytes; one sample must not end a run. It is counted by type.
-                message = f"{type(error).__name__}: {error}"
-                events.append(LedgerEvent(name, self._key(item), "unexpected_error", message))
-        return collate(pack.number, documents, self._special, self._max_tokens, events)
-
-    def _encode(self, item: Item) -> tuple[Encoded, list[LedgerEvent]]:
-        record, read_member = self._sources[item.source].read(item.shard, item.row)
-        document, notes = self._encoder.encode(record, read_member, item.source)
-        tokens, patches = int(document.input_ids.shape[0]), sum(plan.num_patches for plan in document.media)
-        if (tokens, patches) != (item.tokens, item.patches):
-            raise PlanMismatch(
-                f"{record.key}: planned {item.tokens} tokens, {item.patches} patches; {tokens}, {patches}"
-            )
-        return document, notes
-
-    def _key(self, item: Item) -> str:
-        return self._sources[item.source].key(item.shard, item.row)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    """One thread a worker; signals for the whole process group are the parent's business, which ends its workers.
-
-    A parent that is killed cannot: on Linux the kernel ends the worker with it, at once instead of at torch's next look
-    after 5 s. (The signal follows the thread that made the worker; a loader is iterated in its process's main thread.)
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = parent_process()
-    if parent is not None and parent.pid != os.getppid():
-        os._exit(1)  # it died before the line above: nobody would ever end this worker

@@ -29,13 +29,17 @@ from data_pipelines.samples import LedgerEvent
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Pack `number`: its samples, what they take together, and what was found unusable while it was planned."""
+    """Pack `number`: its samples, what they take together, and what was found unusable while it was planned.
+
+    `skipped` (place in items, reason, message) are samples that reading must leave out: they ended or stalled a worker.
+    """
 
     number: int
     items: tuple[Item, ...]
     num_tokens: int
     num_patches: int
     events: tuple[LedgerEvent, ...] = ()
+    skipped: tuple[tuple[int, str, str], ...] = ()
 
 
 class Planner:

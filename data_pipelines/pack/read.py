@@ -1,0 +1,82 @@
+"""One planned pack → one batch: read, decode and encode its samples, lay them end to end.
+
+Enters: a `Pack` of the plan. Leaves: its `PackedBatch`; a sample that fails leaves the pack and becomes an event, so
+the plan never moves. Stateless: the batch depends on the pack alone, so any worker, or a plain DataLoader, may make it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch.utils.data import Dataset
+
+from data_pipelines.config import DataConfig
+from data_pipelines.encode.sample import SampleEncoder
+from data_pipelines.errors import DataError, PlanMismatch
+from data_pipelines.index.source import SourceIndex
+from data_pipelines.pack.collate import collate
+from data_pipelines.plan.packer import Item
+from data_pipelines.plan.planner import Pack
+from data_pipelines.samples import Encoded, LedgerEvent, PackedBatch
+from data_pipelines.tokenizer import TextTokenizer
+
+
+class PackReader(Dataset[PackedBatch]):
+    """Reads packs of one mixture. `watch(i)` is called before item i of a pack is begun, and with -1 after the last."""
+
+    def __init__(
+        self,
+        sources: Sequence[SourceIndex],
+        config: DataConfig,
+        tokenizer: TextTokenizer,
+        watch: Callable[[int], None] = lambda item: None,
+    ) -> None:
+        self.sources = sources
+        self.watch = watch
+        self._special = tokenizer.special
+        self._max_tokens = config.plan.max_tokens
+        self._encoder = SampleEncoder(tokenizer, config.template, config.media, config.plan.max_tokens)
+
+    def __getitem__(self, pack: Pack) -> PackedBatch:
+        """The batch of `pack`; its `skipped` samples are left out and reported."""
+        documents, events = [], list(pack.events)
+        skipped = {number: (reason, message) for number, reason, message in pack.skipped}
+        for number, item in enumerate(pack.items):
+            name = self.sources[item.source].name
+            if number in skipped:
+                events.append(LedgerEvent(name, self.key(item), *skipped[number]))
+                continue
+            self.watch(number)
+            try:
+                document, notes = self._encode(item)
+                documents.append(document)
+                events += [LedgerEvent(name, note.key, note.reason, note.message) for note in notes]
+            except DataError as error:
+                events.append(LedgerEvent(name, error.key, error.reason, error.message))
+            except PlanMismatch as error:
+                events.append(LedgerEvent(name, self.key(item), "plan_mismatch", f"defect of this program: {error}"))
+            except Exception as error:
+                # Decoders raise what they like on broken bytes; one sample must not end a run. It is counted by type.
+                message = f"{type(error).__name__}: {error}"
+                events.append(LedgerEvent(name, self.key(item), "unexpected_error", message))
+        self.watch(-1)
+        return collate(pack.number, documents, self._special, self._max_tokens, events)
+
+    def key(self, item: Item) -> str:
+        """The key of a planned sample."""
+        return self.sources[item.source].key(item.shard, item.row)
+
+    def close(self) -> None:
+        """Close shards and end the clip decoder, if one was started."""
+        self._encoder.close()
+        for source in self.sources:
+            source.close()
+
+    def _encode(self, item: Item) -> tuple[Encoded, list[LedgerEvent]]:
+        record, read_member = self.sources[item.source].read(item.shard, item.row)
+        document, notes = self._encoder.encode(record, read_member, item.source)
+        tokens, patches = int(document.input_ids.shape[0]), sum(plan.num_patches for plan in document.media)
+        if (tokens, patches) != (item.tokens, item.patches):
+            planned = f"planned {item.tokens} tokens and {item.patches} patches"
+            raise PlanMismatch(f"{record.key}: {planned}, encoded {tokens} and {patches}")
+        return document, notes

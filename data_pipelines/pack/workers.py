@@ -1,0 +1,316 @@
+"""Worker processes that make batches in order, and are replaced when they die or hang.
+
+Enters: packs. Leaves: their batches, in the order of the packs. Both travel through slots of shared memory, only places
+and sizes through pipes, so neither side ever blocks on a full pipe. Memory is bounded: `num_workers * prefetch + 1`
+slots, each sized for the largest pack the budgets allow and touched only as far as it is used. It is anonymous: it does
+not count against /dev/shm (64 MB in a container by default), and nothing can be left behind.
+
+Why not torch's DataLoader: its death handler raises in the training step instead of where data is asked for, one dead
+or stuck worker ends the whole loader, and a worker that hangs in C blocks the parent without a deadline.
+
+A worker that dies is replaced and its pack made again; the sample it was at is kept once (a kill from outside is no
+fault of the data) and left out the second time. A sample over its deadline is left out at once. Both are events.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.plan.planner import Pack
+from data_pipelines.samples import LedgerEvent, PackedBatch
+
+MakeBatch = Callable[[Pack], PackedBatch]
+MakeReader = Callable[[Callable[[int], None]], MakeBatch]
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ALIGNMENT = 64
+_POLL_S = 1.0
+_MAX_DEATHS_OUTSIDE_SAMPLES = 3
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """A pack that was given to worker `worker` and will be written into slot `slot`; `reply` when it is done."""
+
+    pack: Pack
+    slot: int
+    worker: int
+    reply: Any = None
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: ForkProcess
+    pipe: Connection
+    waiting: deque[_Ticket]
+
+
+class WorkerPool:
+    """`num_workers` processes that read packs. `make_reader(watch)` is called once in each; it returns pack → batch.
+
+    `slot_bytes` bounds the tensors of one pack. `name_sample(pack, i)` gives (dataset, key) of a sample for the ledger.
+
+    Raises (from `next`):
+        RuntimeError: a worker's program fails (not a sample), with its traceback.
+    """
+
+    def __init__(
+        self,
+        make_reader: MakeReader,
+        name_sample: Callable[[Pack, int], tuple[str, str]],
+        num_workers: int,
+        prefetch: int,
+        slot_bytes: int,
+        sample_timeout_s: float,
+        pin_memory: bool = False,
+    ) -> None:
+        self._make_reader, self._name_sample = make_reader, name_sample
+        self._prefetch, self._sample_timeout_s, self._pin_memory = prefetch, sample_timeout_s, pin_memory
+        self._slots = [mmap.mmap(-1, slot_bytes) for _ in range(num_workers * prefetch + 1)]
+        self._free = list(range(len(self._slots)))
+        # What each worker is at: pack number, item (-1: none), and when it began, in ns of the monotonic clock.
+        self._at = np.frombuffer(mmap.mmap(-1, num_workers * 24), np.int64).reshape(num_workers, 3)
+        self._tickets: deque[_Ticket] = deque()
+        self._deaths: Counter[tuple[int, int]] = Counter()
+        self._workers = [self._start(number) for number in range(num_workers)]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another pack can be submitted before one is taken."""
+        return len(self._tickets) < len(self._workers) * self._prefetch
+
+    def submit(self, pack: Pack) -> None:
+        """Give `pack` to the worker with the least to do."""
+        number = min(range(len(self._workers)), key=lambda n: (len(self._workers[n].waiting), n))
+        ticket = _Ticket(pack, self._free.pop(), number)
+        self._tickets.append(ticket)
+        self._send(ticket)
+
+    def next(self) -> PackedBatch:
+        """The batch of the oldest pack submitted and not yet taken; waits for it."""
+        ticket = self._tickets[0]
+        while ticket.reply is None:
+            self._wait()
+        self._tickets.popleft()
+        status, content = ticket.reply
+        if status == "error":
+            raise RuntimeError(f"a data worker failed at pack {ticket.pack.number}:\n{content}")
+        batch = _unpack(content, self._slots[ticket.slot], self._pin_memory)
+        self._free.append(ticket.slot)
+        batch.events = (*ticket.pack.events, *batch.events)
+        return batch
+
+    def close(self) -> None:
+        """End all workers within seconds, whatever they are at."""
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(2)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+        self._tickets.clear()
+
+    def _start(self, number: int, waiting: Sequence[_Ticket] = ()) -> _Worker:
+        context = get_context("fork")
+        ours, theirs = context.Pipe()
+        self._at[number] = (-1, -1, time.monotonic_ns())
+        process = context.Process(
+            target=_serve,
+            args=(number, theirs, ours, self._make_reader, self._slots, self._at, os.getpid()),
+            daemon=True,
+            name=f"data-worker-{number}",
+        )
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, deque(waiting))
+
+    def _send(self, ticket: _Ticket) -> None:
+        worker = self._workers[ticket.worker]
+        worker.waiting.append(ticket)
+        data = pickle.dumps(replace(ticket.pack, events=()), pickle.HIGHEST_PROTOCOL)
+        self._slots[ticket.slot][: len(data)] = data
+        try:
+            worker.pipe.send((ticket.slot, len(data)))
+        except OSError:
+            return  # it died: noticed, and sent again, where batches are waited for
+
+    def _wait(self) -> None:
+        """Take replies as they come; replace workers that died or are over the deadline."""
+        ready = wait([worker.pipe for worker in self._workers], timeout=_POLL_S)
+        for number, worker in enumerate(self._workers):
+            if worker.pipe in ready:
+                try:
+                    reply = worker.pipe.recv()
+                except (EOFError, OSError):
+                    self._replace(number, late=False)
+                    continue
+                worker.waiting.popleft().reply = reply
+            elif self._is_late(number):
+                self._replace(number, late=True)
+
+    def _is_late(self, number: int) -> bool:
+        _, item, since = (int(value) for value in self._at[number])
+        return item >= 0 and time.monotonic_ns() - since > self._sample_timeout_s * 1e9
+
+    def _replace(self, number: int, late: bool) -> None:
+        """Start worker `number` anew with the packs it had; the sample it was at is noted, or left out."""
+        worker = self._workers[number]
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()
+        code = worker.process.exitcode
+        pack_number, item, _ = (int(value) for value in self._at[number])
+        if worker.waiting:
+            ticket = worker.waiting[0]
+            at = item if pack_number == ticket.pack.number else -1
+            ticket.pack = self._note_death(ticket.pack, at, late, code)
+        self._workers[number] = self._start(number)
+        for ticket in list(worker.waiting):
+            self._send(ticket)
+
+    def _note_death(self, pack: Pack, item: int, late: bool, code: int | None) -> Pack:
+        """The pack to be made again: with an event, and without the sample if it is at fault."""
+        self._deaths[pack.number, item] += 1
+        deaths = self._deaths[pack.number, item]
+        if late:
+            message = f"took longer than sample_timeout_s={self._sample_timeout_s:g}"
+            return replace(pack, skipped=(*pack.skipped, (item, "deadline", message)))
+        if item >= 0 and deaths > 1:
+            return replace(
+                pack, skipped=(*pack.skipped, (item, "worker_died", f"ended its worker twice (exit {code})"))
+            )
+        if item < 0 and deaths > _MAX_DEATHS_OUTSIDE_SAMPLES:
+            raise RuntimeError(
+                f"data workers die at pack {pack.number} outside any sample (exit {code}); out of memory?"
+            )
+        dataset, key = self._name_sample(pack, item) if item >= 0 else ("", f"pack {pack.number}")
+        event = LedgerEvent(
+            dataset, key, "worker_replaced", f"its worker died (exit {code}) and the pack was made again"
+        )
+        return replace(pack, events=(*pack.events, event))
+
+
+def _serve(
+    number: int,
+    pipe: Connection,
+    parents_end: Connection,
+    make_reader: MakeReader,
+    slots: Sequence[mmap.mmap],
+    at: np.ndarray,
+    parent: int,
+) -> None:
+    """A worker's life: packs in, batches out, until the parent closes the pipe or dies."""
+    _isolate(parent)
+    parents_end.close()
+    current = -1
+
+    def watch(item: int) -> None:
+        at[number] = (current, item, time.monotonic_ns())
+
+    read = make_reader(watch)
+    while True:
+        while not pipe.poll(_POLL_S):
+            if os.getppid() != parent:
+                return
+        try:
+            slot, size = pipe.recv()
+        except EOFError:
+            return
+        pack: Pack = pickle.loads(slots[slot][:size])
+        current = pack.number
+        reply: tuple[str, Any]
+        try:
+            reply = ("batch", _pack(read(pack), slots[slot]))
+        except Exception:
+            reply = ("error", traceback.format_exc()[-8000:])
+        watch(-1)
+        pipe.send(reply)
+
+
+def _isolate(parent: int) -> None:
+    """One thread a worker; Ctrl-C is the parent's business, which ends its workers; a killed parent takes them along.
+
+    The kernel's signal follows the thread that forked the worker, so a pool is used from its process's main thread.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before the line above: nobody would ever end this worker
+
+
+def _pack(batch: PackedBatch, slot: mmap.mmap) -> tuple[int, int]:
+    """Write the batch into `slot`: its tensors, then all else with the tensors' places, pickled; where that stands."""
+    values: dict[str, Any] = {}
+    end = 0
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            array = value.contiguous().numpy()
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = start + array.nbytes
+            _check_room(batch.number, end, slot)
+            np.frombuffer(slot, np.uint8, array.nbytes, start)[:] = array.reshape(-1).view(np.uint8)
+            value = _Place(start, tuple(value.shape), value.dtype)
+        values[field.name] = value
+    data = pickle.dumps(values, pickle.HIGHEST_PROTOCOL)
+    _check_room(batch.number, end + len(data), slot)
+    slot[end : end + len(data)] = data
+    return end, end + len(data)
+
+
+def _check_room(number: int, end: int, slot: mmap.mmap) -> None:
+    if end > len(slot):
+        raise ValueError(f"pack {number} takes {end} bytes, its slot of shared memory has {len(slot)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _unpack(place: tuple[int, int], slot: mmap.mmap, pin_memory: bool) -> PackedBatch:
+    """The batch that `_pack` wrote, copied out of the slot (into page-locked memory on request)."""
+    values = pickle.loads(slot[place[0] : place[1]])
+    for name, value in values.items():
+        if isinstance(value, _Place):
+            tensor = torch.empty(value.shape, dtype=value.dtype, pin_memory=pin_memory)
+            if tensor.numel():
+                stored = torch.frombuffer(slot, dtype=value.dtype, count=tensor.numel(), offset=value.start)
+                tensor.copy_(stored.view(value.shape))
+            values[name] = tensor
+    return PackedBatch(**values)
+
+
+def slot_bytes(max_tokens: int, max_patches: int) -> int:
+    """Bytes that the tensors of any pack within the budgets need.
+
+    A patch row of a clip has 1176 bytes, its position 8, its share of the feature index 2; a token 8 + 8 + 24 bytes of
+    ids, labels and positions, and up to 24 of loss index, target and data set; borders and grids are a few per item.
+    """
+    return max_patches * (1176 + 8 + 2 + 8) + max_tokens * (40 + 24 + 8 + 16) + (1 << 20)

@@ -1,0 +1,180 @@
+"""Workers that die, hang or fail: what the run sees of it, and what is left behind."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data_pipelines.pack.collate import collate
+from data_pipelines.pack.workers import WorkerPool, slot_bytes
+from data_pipelines.plan.packer import Item
+from data_pipelines.plan.planner import Pack
+from data_pipelines.samples import Encoded, LedgerEvent
+
+SPECIAL = SimpleNamespace(endoftext=0, image_pad=8, video_pad=9)
+
+
+def pack(number, rows=(0, 1, 2), events=()):
+    return Pack(number, tuple(Item(0, 0, row, 0, 4, 0) for row in rows), 4 * len(rows), 0, events)
+
+
+class Reader:
+    """Makes batches of three documents; `acts` maps (pack, item) to what happens there."""
+
+    def __init__(self, watch, acts):
+        self.watch, self.acts = watch, acts
+
+    def __call__(self, pack):
+        documents, events = [], []
+        skipped = {place: (reason, message) for place, reason, message in pack.skipped}
+        for place, item in enumerate(pack.items):
+            if place in skipped:
+                events.append(LedgerEvent("d", f"k{item.row}", *skipped[place]))
+                continue
+            self.watch(place)
+            act = self.acts.get((pack.number, place))
+            if act is not None:
+                act()
+            ids = torch.full((4,), pack.number * 10 + item.row)
+            documents.append(Encoded(f"k{item.row}", 0, ids, torch.full((4,), -100), (), ()))
+        self.watch(-1)
+        return collate(pack.number, documents, SPECIAL, 64, events)
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def once(path, act):
+    """Does `act` the first time that any process gets here."""
+
+    def guarded():
+        if not path.exists():
+            path.write_text("")
+            act()
+
+    return guarded
+
+
+@pytest.fixture
+def make_pool():
+    pools = []
+
+    def make(acts, workers=2, timeout_s=30.0, prefetch=2):
+        pool = WorkerPool(
+            lambda watch: Reader(watch, acts),
+            lambda pack, place: ("d", f"k{pack.items[place].row}"),
+            workers,
+            prefetch,
+            slot_bytes(64, 16),
+            timeout_s,
+        )
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def run(pool, count):
+    found, number = [], 0
+    while len(found) < count:
+        while pool.has_room:
+            pool.submit(pack(number))
+            number += 1
+        found.append(pool.next())
+    return found
+
+
+def events(batches):
+    return [(batch.number, event.key, event.reason) for batch in batches for event in batch.events]
+
+
+def test_batches_come_in_the_order_of_the_packs(make_pool):
+    slow = {(number, 0): lambda: time.sleep(0.05) for number in range(0, 12, 3)}
+    batches = run(make_pool(slow, workers=3), 12)
+    assert [batch.number for batch in batches] == list(range(12))
+    assert [batch.input_ids[0].item() for batch in batches] == [10 * number for number in range(12)]
+    assert all(batch.keys == ("k0", "k1", "k2") and batch.events == () for batch in batches)
+
+
+def test_a_worker_killed_from_outside_costs_no_sample(make_pool, tmp_path):
+    batches = run(make_pool({(3, 1): once(tmp_path / "dead", kill_self)}), 8)
+    assert [batch.keys for batch in batches] == [("k0", "k1", "k2")] * 8
+    assert events(batches) == [(3, "k1", "worker_replaced")]
+
+
+def test_a_sample_that_kills_its_worker_twice_is_left_out(make_pool):
+    batches = run(make_pool({(3, 1): kill_self}), 8)
+    assert [batch.keys for batch in batches if batch.number != 3] == [("k0", "k1", "k2")] * 7
+    assert batches[3].keys == ("k0", "k2")
+    assert events(batches) == [(3, "k1", "worker_replaced"), (3, "k1", "worker_died")]
+
+
+def test_a_sample_over_its_deadline_is_left_out(make_pool):
+    start = time.monotonic()
+    batches = run(make_pool({(2, 0): lambda: time.sleep(600)}, timeout_s=0.5), 6)
+    assert batches[2].keys == ("k1", "k2")
+    assert events(batches) == [(2, "k0", "deadline")]
+    assert time.monotonic() - start < 60
+
+
+def test_a_stopped_worker_does_not_stop_the_run(make_pool, tmp_path):
+    stop = once(tmp_path / "stopped", lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    batches = run(make_pool({(1, 2): stop}, timeout_s=0.5), 6)
+    assert events(batches) == [(1, "k2", "deadline")]
+
+
+def test_a_failing_program_ends_the_run_with_its_traceback(make_pool):
+    def fail():
+        raise KeyError("a defect")
+
+    with pytest.raises(RuntimeError, match=r"(?s)pack 2.*KeyError: 'a defect'"):
+        run(make_pool({(2, 0): fail}), 6)
+
+
+def test_workers_that_die_outside_samples_end_the_run(make_pool):
+    pool = WorkerPool(lambda watch: kill_self(), lambda pack, place: ("d", "k"), 1, 1, slot_bytes(64, 16), 30)
+    pool.submit(pack(0))
+    with pytest.raises(RuntimeError, match="die at pack 0 outside any sample"):
+        pool.next()
+    pool.close()
+
+
+def test_what_the_plan_noted_reaches_the_batch(make_pool):
+    pool = make_pool({}, workers=1)
+    pool.submit(pack(0, events=(LedgerEvent("d", "x" * 200_000, "r", "m"),)))
+    assert [event.reason for event in pool.next().events] == ["r"]
+
+
+def test_closing_leaves_no_process_and_no_shared_memory(make_pool):
+    before = set(os.listdir("/dev/shm"))
+    pool = make_pool({(0, 0): lambda: time.sleep(600)})
+    pool.submit(pack(0))
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    assert len(children.read_text().split()) >= 2
+    start = time.monotonic()
+    pool.close()
+    assert time.monotonic() - start < 10
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_memory_stays_flat_over_many_packs(make_pool):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pool = make_pool({}, workers=1)
+    run(pool, 50)
+    before = resident()
+    number = 50
+    for _ in range(300):
+        while pool.has_room:
+            number += 1
+            pool.submit(pack(number))
+        pool.next()
+    assert resident() - before < 4 << 20
