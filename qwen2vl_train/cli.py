@@ -18,7 +18,12 @@ from qwen2vl_train.config import ConfigError, load_config
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code. Bad input ends with one clear message and code 2."""
     words = [word for word in (arguments if arguments is not None else sys.argv[1:]) if not _is_local_rank(word)]
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    if rest:  # overrides behind an option, which argparse leaves over
+        if not hasattr(options, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     try:
         code: int = options.run(options)
     except (ConfigError, ValueError, FileNotFoundError) as error:

@@ -7,7 +7,8 @@ Enters: a list of Hydra overrides (`experiment=demo stages.vision.steps=100`). L
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,11 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        rates = {part: getattr(self.lr, part) for part in ("vit", "merger", "llm")}
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates.values()):
+            raise ValueError(f"lr={rates}: learning rates are finite and not negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} are outside [0, 1)")
         if not 0 < self.vit_layer_decay <= 1:
             raise ValueError(f"vit_layer_decay={self.vit_layer_decay} is outside (0, 1]; 1 switches the decay off")
         if self.clip_norm < 0:
@@ -63,6 +69,11 @@ class ScheduleConfig:
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least(0, warmup_steps=self.warmup_steps)
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"min_ratio={self.min_ratio} is outside [0, 1]: it is a share of the peak rate")
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class DemoData:
     num_texts: int = 10000
     num_heldout: int = 200
     vocab_size: int = 2048
+    seed: int = 0  # of the data alone: another seed of the run trains on the same pictures
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,9 @@ class MonitorConfig:
     project: str = "qwen2vl-train"
     log_every: int = 10
 
+    def __post_init__(self) -> None:
+        _at_least(1, log_every=self.log_every)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -223,6 +238,10 @@ class EvaluationConfig:
     max_new_tokens: int = 64
     batch_size: int = 64
     pictures: int = 6
+
+    def __post_init__(self) -> None:
+        _at_least(1, max_samples=self.max_samples, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        _at_least(0, pictures=self.pictures)
 
 
 @with_config(ConfigDict(extra="forbid"))  # the nested dataclasses inherit it
@@ -285,12 +304,30 @@ def load_config(overrides: Sequence[str], folder: Path | None = None) -> tuple[R
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_hydra(error, overrides)) from error
     assert isinstance(plain, dict)
-    plain.pop("shared", None)  # values that only other YAML values refer to
-    plain.pop("mixture", None)
+    _check_names("shared", plain.pop("shared", {}), ("plan", "media", "loader"))
+    _check_names("mixture", plain.pop("mixture", {}), plain.get("stages", {}))
     try:
         return TypeAdapter(RunConfig).validate_python(plain), {str(key): value for key, value in plain.items()}
     except ValidationError as error:
         raise ConfigError(_explain_validation(error)) from error
+
+
+def _check_names(section: str, values: dict[str, Any], known: Collection[str]) -> None:
+    """`shared` and `mixture` are only referred to by other values, so a misspelt name in them would do nothing.
+
+    A data file may hold mixtures for stages that an experiment does not run.
+    """
+    allowed = {*known, "language", "vision", "multitask", "instruct"} if section == "mixture" else set(known)
+    for name in values.keys() - allowed:
+        near = difflib.get_close_matches(name, sorted(allowed), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(allowed))}"
+        raise ConfigError(f"{section}.{name} = {_shorten(values[name])}: unknown key; {hint}")
+
+
+def _at_least(limit: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < limit:
+            raise ValueError(f"{name}={value} must be at least {limit}")
 
 
 def _expand(word: str, folder: Path) -> str:

@@ -97,6 +97,7 @@ def save_processing(folder: Path, tokenizer: TextTokenizer, media: MediaConfig) 
             "min_pixels": media.video_min_pixels,
             "max_pixels": media.video_max_pixels,
             "size": {"shortest_edge": media.video_min_pixels, "longest_edge": media.video_max_pixels},
+            "do_sample_frames": True,
             "fps": media.fps,
             "min_frames": media.min_frames,
             "max_frames": media.max_frames,
