@@ -1,9 +1,10 @@
 """Clip bytes → facts, and resized frames under a deadline.
 
 Enters: the bytes of one stored clip. Leaves: `Media` facts (`probe_video`), or uint8 [N, 3, h, w] frames as planned
-(`ClipDecoder.read`). What is read, and by which decoder, is in `video_backends`; it runs in a process of its own
-(`video_process`), because decoders hang and crash in C: a clip that exceeds its deadline costs that process and is
-reported like any damaged clip. The process is also replaced after `max_reads` clips: decord keeps memory of each.
+(`ClipDecoder.read`). Which frames is decided in `clip_facts`, by which decoder in `video_backends`; both run in a
+process of their own (`video_process`), because decoders hang and crash in C: a clip that exceeds its deadline costs
+that process and is reported like any damaged clip. The process is also replaced after `max_reads` clips: decord keeps
+memory of each.
 
 Cost: starting the process 0.3 s, once per worker and 200 clips; handing over a clip and its frames about 1 ms, by
 shared memory; decoding: see `benchmarks/decode.py`.
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.decode.video_backends import ClipError, is_clip, open_clip, sample_frame_times
+from data_pipelines.decode.clip_facts import ClipError, is_clip, open_clip, sample_frame_times
 from data_pipelines.errors import MediaError
 from data_pipelines.samples import Media, MediaPlan
 
@@ -153,6 +154,9 @@ class ClipDecoder:
             except (OSError, EOFError) as error:
                 self.close()
                 raise MediaError(key, "decoder_crashed", f"{name!r}: the decoder process died on it") from error
+            except BaseException:  # an interrupt: the answer to this request must not meet the next
+                self.close()
+                raise
         if "reason" in answer:
             raise MediaError(key, answer["reason"], f"{name!r}: {answer['message']}")
         return answer
@@ -214,7 +218,8 @@ def _receive_line(connection: socket.socket, timeout_s: float, pid: int) -> dict
             return answer
         except TimeoutError:
             used = _cpu_seconds(pid)
-            if used - seen < _IDLE_S or used - started >= timeout_s:
+            idle = used - seen < _IDLE_S and not _wants_to_run(pid)
+            if idle or used - started >= timeout_s:
                 raise
             seen = used
     raise TimeoutError
@@ -227,6 +232,15 @@ def _cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _wants_to_run(pid: int) -> bool:
+    """Whether a thread of process `pid` is running, waiting for a processor, or for a disk."""
+    for task in Path("/proc").glob(f"{pid}/task/*/stat"):
+        with contextlib.suppress(OSError):
+            if task.read_text().rsplit(")", 1)[1].split()[0] in "RD":
+                return True
+    return False
 
 
 @contextlib.contextmanager

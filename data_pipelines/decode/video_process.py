@@ -24,15 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.decode.video_backends import (
+from data_pipelines.decode.clip_facts import (
     ClipError,
     ClipFacts,
     is_clip,
     nearest_frames,
     open_clip,
-    read_frames,
     sample_frame_times,
 )
+from data_pipelines.decode.video_backends import read_frames
 
 _PR_SET_PDEATHSIG = 1
 
