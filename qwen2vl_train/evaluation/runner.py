@@ -36,7 +36,7 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import load_hf
 from qwen2vl_train.training.checkpoint import write_json
-from qwen2vl_train.training.monitor import Box, Shown
+from qwen2vl_train.training.shown import Box, Shown
 from qwen2vl_train.training.world import World
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]

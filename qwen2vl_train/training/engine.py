@@ -142,6 +142,11 @@ class Engine:
         self._engine.train(mode)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return torch.bfloat16 if self._precision == "bf16" else torch.float32
+
+    @property
     def signature(self) -> str:
         """What a checkpoint must have been written with to fit: it decides which tensors the files hold."""
         return f"zero_stage={self._zero_stage} precision={self._precision}"

@@ -6,11 +6,17 @@ stage's `Progress`. A log is the loop's only host synchronisation besides DeepSp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import StageConfig
+from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.model.cost import PackLengths, model_flops_utilisation, pack_flops, peak_flops_per_second
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.step import LossTotals
@@ -30,15 +36,22 @@ class Journal:
         stage: StageConfig,
         name: str,
         folder: Path,
+        model: ModelConfig,
         dataset_names: Sequence[str],
         world: World,
         monitor: Monitor,
     ) -> None:
-        self._stage, self._name, self._folder = stage, name, folder
+        self._stage, self._name, self._folder, self._model = stage, name, folder, model
         self._dataset_names = tuple(dataset_names)
         self._world, self._monitor = world, monitor
         self.totals = LossTotals(len(self._dataset_names), world.device)
         self.window = Window(self._dataset_names)
+
+    def count(self, packs: Sequence[PackedBatch]) -> None:
+        """Count one step's packs of this rank (in host memory)."""
+        trainable = self._stage.trainable
+        flops = sum(pack_flops(self._model, PackLengths.of(pack), trainable).total for pack in packs)
+        self.window.count(packs, flops)
 
     def log(self, engine: Engine, progress: Progress) -> None:
         """Fold the window into `progress`, report it, start the next. Collective; nothing if no step was counted.
@@ -50,6 +63,7 @@ class Journal:
         if not window.steps:
             return
         sums, counts = self.totals.read(self._world)
+        window.memory_bytes = _peak_memory(self._world.device)
         windows = self._world.gather(window)
         seconds = window.seconds()
         loss = sum(sums) / sum(counts) if sum(counts) else None
@@ -62,6 +76,9 @@ class Journal:
             "tokens": progress.tokens,
             "supervised_tokens": progress.supervised,
             "tokens_per_s": tokens / seconds,
+            "samples_per_s": sum(part.documents.total() for part in windows) / seconds,
+            "tflops_per_s": sum(part.flops for part in windows) / seconds / 1e12,
+            "memory_gb": max(part.memory_bytes for part in windows) / 1e9,
             "step_s": seconds / window.steps,
             "data_wait_share": window.wait_s / seconds,
             "fill": tokens / max(1, capacity),
@@ -69,6 +86,10 @@ class Journal:
             "skipped": sum(progress.lost.values()),
             "skipped_updates": progress.skipped_updates,
         }
+        peak = peak_flops_per_second(self._world.device, engine.dtype)
+        if peak is not None:  # of all ranks together, waiting for data included
+            flops = sum(part.flops for part in windows)
+            metrics["mfu"] = model_flops_utilisation(flops, seconds, peak * self._world.size)
         if loss is not None:
             metrics = {"loss": loss} | metrics
         metrics |= {f"lr/{name}": rate for name, rate in engine.rates().items()}
@@ -97,3 +118,13 @@ class Journal:
                     f"({reasons}); {self._folder}/ledger-rank*.jsonl names each one. Repair or drop them, or raise "
                     f"mixture.{self._name}.{name}.max_error_rate"
                 )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on the GPU since the last call, or what this process holds now on the CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
@@ -79,7 +78,7 @@ class Trainer:
             self._stage.data, self._tokenizer, self._stage.packs_per_step, self._world.rank, self._world.size, run.seed,
             pin_memory=self._world.device.type == "cuda",
         )  # fmt: skip
-        store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._warn)
+        store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._monitor.warn)
         progress = self._resume(store, engine, loader)
         try:
             self._train(engine, loader, store, progress)
@@ -96,7 +95,9 @@ class Trainer:
     def _train(self, engine: Engine, loader: PackLoader, store: CheckpointStore, progress: Progress) -> None:
         """The loop: fetch, step, count, log, save."""
         stage, run, world = self._stage, self._run, self._world
-        journal = Journal(stage, self._name, self._folder, loader.dataset_names, world, self._monitor)
+        journal = Journal(
+            stage, self._name, self._folder, self._model_config, loader.dataset_names, world, self._monitor
+        )  # fmt: skip
         ledger = Ledger(self._folder / f"ledger-rank{world.rank}.jsonl")
         guard = Guard(run.guard, self._folder, world)
         engine.train()
@@ -109,7 +110,7 @@ class Trainer:
                 engine.set_rates(rate_factor(step, stage.steps, stage.schedule))
                 watchdog.note(f"counting the labels of step {step + 1}")
                 result = train_step(engine, packs, journal.totals, world, stop.requested, watchdog.note_pack)
-                journal.window.count(packs)
+                journal.count(packs)
                 ledger.add(packs)
                 progress.step = step + 1
                 watchdog.note(f"bookkeeping of step {progress.step}")
@@ -131,9 +132,6 @@ class Trainer:
     def _farewell(self, stop: StopRequest, step: int, path: Path | None) -> str:
         kept = f"its checkpoint is {path}" if path else "its checkpoint could not be written (see above)"
         return f"{self._name} stopped after step {step} on {stop.reason}; {kept}; the same command continues"
-
-    def _warn(self, text: str) -> None:
-        self._monitor.console.print(f"[yellow]{escape(text)}[/yellow]", highlight=False, soft_wrap=True)
 
     def _build_engine(self) -> Engine:
         """The model with its parts frozen by rule; under ZeRO-3 each rank makes and fills its own share only."""

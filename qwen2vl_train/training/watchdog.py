@@ -34,7 +34,7 @@ from qwen2vl_train.training.failure import FAILURE_KEY, FAILURE_PREFIX
 from qwen2vl_train.training.stopping import EXIT_STALLED
 from qwen2vl_train.training.world import World, connect_store
 
-_COLLECTIVE_FILES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
+_COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/")
 _PATIENCE_TICKS = 3
 _FAILURE_GRACE_S = 5.0
 
@@ -55,8 +55,9 @@ class Beat:
 
     @property
     def in_collective(self) -> bool:
-        """Its main thread waits for other ranks."""
-        return any(file in self.stack for file in _COLLECTIVE_FILES)
+        """Its main thread waits for other ranks: the innermost Python frame is PyTorch's or DeepSpeed's."""
+        innermost = self.stack.rpartition('  File "')[2]
+        return any(file in innermost for file in _COLLECTIVE_FILES)
 
 
 class Watchdog:

@@ -74,7 +74,8 @@ class Window:
 
     def reset(self) -> None:
         """Start a new window now."""
-        self.steps = self.packs = self.tokens = self.vision_tokens = self.capacity = 0
+        self.steps = self.packs = self.tokens = self.vision_tokens = self.capacity = self.flops = 0
+        self.memory_bytes = 0
         self.wait_s = 0.0
         self.documents: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
@@ -88,9 +89,10 @@ class Window:
         self.wait_s += time.perf_counter() - start
         return packs
 
-    def count(self, packs: Sequence[PackedBatch]) -> None:
-        """Count one step's packs of this rank."""
+    def count(self, packs: Sequence[PackedBatch], flops: int) -> None:
+        """Count one step's packs of this rank, which took the model `flops` operations."""
         self.steps += 1
+        self.flops += flops
         for pack in packs:
             self.packs += 1
             self.tokens += pack.num_tokens

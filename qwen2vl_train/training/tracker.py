@@ -1,0 +1,175 @@
+"""wandb behind a fence: the same figures as `metrics.jsonl`, and nothing that wandb does can slow or stop a run.
+
+Online only with an API key in the environment or netrc and a server that answers; else offline. Never a prompt. Any
+error of wandb switches it off with a note; closing it waits a bounded time.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from qwen2vl_train.config import MonitorConfig
+from qwen2vl_train.training.shown import Box, Shown
+
+Mode = Literal["online", "offline", "disabled"]
+
+_PROBE_S = 3.0
+_INIT_S = 30.0
+_CLOSE_S = 60.0
+_SERVER = "https://api.wandb.ai"
+# first word of a figure's name -> section of charts
+_SECTIONS = {
+    "loss": "loss",
+    "gradient_norm": "optimisation",
+    "lr": "optimisation",
+    "skipped_updates": "optimisation",
+    "tokens_per_s": "throughput",
+    "samples_per_s": "throughput",
+    "step_s": "throughput",
+    "data_wait_share": "throughput",
+    "tflops_per_s": "throughput",
+    "mfu": "throughput",
+    "memory_gb": "throughput",
+    "held_out": "evaluation",
+}
+
+
+class Tracker:
+    """A wandb run that may be off. `note` prints for people."""
+
+    def __init__(
+        self, run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], note: Callable[[str], None]
+    ) -> None:
+        self._note = note
+        self._stages: set[str] = set()
+        self._run: Any = None
+        mode = choose_mode(config.wandb, note)
+        if mode != "disabled":
+            self._run = self._guarded(lambda: _start(run_dir, config, settings, mode))
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record figures of `step` in their sections, against the stage's own count of steps."""
+        if self._run is None:
+            return
+        axis = f"steps/{stage}"
+        if stage not in self._stages:
+            self._stages.add(stage)
+            self._guarded(lambda: self._define_axis(stage, axis))
+        named = {f"{section_of(name)}/{stage}.{name}": value for name, value in metrics.items() if value is not None}
+        self._guarded(lambda: self._run and self._run.log(named | {axis: step}))
+
+    def _define_axis(self, stage: str, axis: str) -> None:
+        for section in sorted({*_SECTIONS.values(), "data"}):
+            self._run.define_metric(f"{section}/{stage}.*", step_metric=axis)
+
+    def show(self, stage: str, samples: Sequence[Shown]) -> None:
+        """A table of held-out pictures with true and predicted text and boxes."""
+        if self._run is not None and samples:
+            self._guarded(lambda: self._run.log({f"evaluation/{stage}.samples": _table(samples)}))
+
+    def close(self, failed: bool) -> None:
+        """Finish the run; what wandb cannot send within a minute stays in the run's folder (`wandb sync` sends it)."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        closing = threading.Thread(target=lambda: self._guarded(lambda: run.finish(exit_code=int(failed))), daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
+        if closing.is_alive():
+            self._note(f"wandb did not finish within {_CLOSE_S:.0f} s; `wandb sync` can send the run's folder later")
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """The call's result; wandb raises many kinds of errors, and watching must never cost the run."""
+        try:
+            return call()
+        except Exception as error:
+            self._run = None
+            self._note(f"wandb is off: {type(error).__name__}: {error}; the figures are in metrics.jsonl")
+            return None
+
+
+def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
+    """The mode for wandb: "auto" is online with a login; online becomes offline when its server does not answer."""
+    if wanted == "disabled":
+        return "disabled"
+    if wanted == "offline":
+        return "offline"
+    if wanted == "auto" and not _has_login():
+        return "offline"
+    address = urlsplit(os.environ.get("WANDB_BASE_URL", _SERVER))
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), _PROBE_S).close()
+    except OSError as error:
+        note(f"wandb is offline, {address.hostname}:{port} does not answer ({error}); `wandb sync` can send it later")
+        return "offline"
+    return "online"
+
+
+def section_of(name: str) -> str:
+    """The section of charts that a figure belongs to."""
+    return _SECTIONS.get(name.split("/")[0], "data")
+
+
+def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mode: Mode) -> Any:
+    import wandb
+
+    identity = run_dir / "wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:8])
+    return wandb.init(
+        project=config.project,
+        name=run_dir.name,
+        id=identity.read_text(),
+        resume="allow",
+        mode=mode,
+        dir=str(run_dir),
+        config=dict(settings),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_S, x_disable_stats=mode == "offline"),
+    )
+
+
+def _has_login() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _table(samples: Sequence[Shown]) -> Any:
+    import wandb
+
+    table = wandb.Table(columns=["task", "key", "picture", "prompt", "truth", "prediction", "correct"])
+    for sample in samples:
+        picture = wandb.Image(sample.picture, boxes=_boxes(sample.boxes))
+        row = (sample.task, sample.key, picture, sample.prompt, sample.truth, sample.prediction, sample.correct)
+        table.add_data(*row)
+    return table
+
+
+def _boxes(boxes: Sequence[Box]) -> dict[str, Any] | None:
+    if not boxes:
+        return None
+    groups: dict[str, Any] = {}
+    for name, predicted in (("truth", False), ("prediction", True)):
+        data = [
+            {
+                "position": dict(zip(("minX", "minY", "maxX", "maxY"), box.xyxy, strict=True)),
+                "class_id": int(predicted),
+                "box_caption": box.caption,
+            }
+            for box in boxes
+            if box.predicted == predicted
+        ]
+        groups[name] = {"box_data": data, "class_labels": {0: "truth", 1: "prediction"}}
+    return groups
