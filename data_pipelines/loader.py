@@ -11,14 +11,16 @@ A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from data_pipelines.config import DataConfig
+from data_pipelines.errors import ShardError
 from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
+from data_pipelines.ledger import LOSSLESS
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.workers import WorkerPool, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
@@ -45,6 +47,8 @@ def open_sources(
     ]
     shards = dict.fromkeys(shard for source in sources for shard in source.shards)
     build_missing(list(shards), counting, processes, progress)
+    for source in sources:
+        _check_error_rate(source, config.sources[source.name].max_error_rate)
     return sources
 
 
@@ -54,6 +58,25 @@ def new_planner(config: DataConfig, sources: list[SourceIndex], seed: int) -> Pl
         list(config.sources.values()), lambda: [source.num_samples for source in sources], config.plan.size_temperature
     )
     return Planner(sources, phases, config.media, config.plan, seed)
+
+
+def _check_error_rate(source: SourceIndex, limit: float) -> None:
+    """Refuse a source (of 100 samples or more) whose index left out more than `limit` of them."""
+    left_out: Counter[str] = Counter()
+    kept = 0
+    for shard in range(source.num_shards):
+        table = source.table(shard)
+        kept += int((table.text_tokens >= 0).sum())
+        left_out.update(reason for _, reason, _ in table.problems if reason not in LOSSLESS)
+    lost = left_out.total()
+    if lost + kept >= 100 and lost > limit * (lost + kept):
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.most_common(5))
+        raise ShardError(
+            source.name,
+            "error_budget",
+            f"{lost} of {lost + kept} samples cannot be used, over max_error_rate {limit}: {reasons}. `qwen2vl-data "
+            "index` lists each one; repair or drop them, or raise the source's max_error_rate",
+        )
 
 
 class PackLoader:

@@ -156,12 +156,16 @@ class Encoded:
 
 @dataclass(slots=True)
 class LedgerEvent:
-    """Something the user should know of one sample: dropped, shrunk, truncated. `dataset` is the source's name."""
+    """Something the user should know of one sample: dropped, shrunk, truncated. `dataset` is the source's name.
+
+    `indexed`: known from the index, and told at once for all samples of a shard or block that comes into use.
+    """
 
     dataset: str
     key: str
     reason: str
     message: str
+    indexed: bool = False
 
 
 @dataclass(slots=True)

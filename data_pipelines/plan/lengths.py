@@ -52,7 +52,7 @@ def sample_lengths(
             plans = plan_media(table.index.media(row), int(text[i]), media, plan.max_tokens, key)
         except DataError as error:
             usable[i] = False
-            events.append(LedgerEvent(source, key, error.reason, error.message))
+            events.append(LedgerEvent(source, key, error.reason, error.message, indexed=True))
             continue
         media_tokens[i] = sum(item.num_tokens for item in plans)
         pairs[i] = sum(t * (h * w) ** 2 for t, h, w in (item.grid_thw for item in plans))
@@ -133,6 +133,6 @@ def _countdown(count: IntArray) -> IntArray:
 def _too_long(source: str, key: str, tokens: int, patches: int, plan: PlanConfig) -> LedgerEvent:
     if tokens > plan.max_tokens:
         message = f"{tokens} tokens do not fit a pack of max_tokens={plan.max_tokens}: raise it or split the sample"
-        return LedgerEvent(source, key, "too_long", message)
+        return LedgerEvent(source, key, "too_long", message, indexed=True)
     message = f"{patches} patches do not fit max_patches={plan.max_patches}: raise it or lower media.max_pixels"
-    return LedgerEvent(source, key, "too_many_patches", message)
+    return LedgerEvent(source, key, "too_many_patches", message, indexed=True)

@@ -210,7 +210,7 @@ class _Cursor:
         """Tell, once an epoch, what the index left out of the shards that come into use."""
         for shard in shards:
             for key, reason, message in self._source.table(shard).problems:
-                self._events.append(LedgerEvent(self._source.name, key, reason, message))
+                self._events.append(LedgerEvent(self._source.name, key, reason, message, indexed=True))
 
     def _nothing_usable(self) -> ShardError:
         reasons = Counter(event.reason for event in self._events if event.dataset == self._source.name)

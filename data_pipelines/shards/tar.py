@@ -129,8 +129,10 @@ def _members(file: ShardFile, problems: list[ShardError]) -> Iterator[tuple[_Hea
             offset = data + -(-header.size // BLOCK) * BLOCK
         yield _Header(overrides.get("path", header.name), header.size, header.kind, header.crc), data
         overrides = {}
+    if offset != file.size:
+        raise ShardError(file.name, "cut_shard", f"the file ends inside a header, at byte {file.size}: copy it again")
     problems.append(
-        ShardError(file.name, "no_end_marker", "the file ends without the two zero blocks; all members are whole")
+        ShardError(file.name, "no_end_marker", "no two zero blocks at the end; the members up to here are whole")
     )
 
 

@@ -20,8 +20,8 @@ from data_pipelines.sources.demo_stencils import Mask, Stencils
 Picture = NDArray[np.uint8]
 
 JPEG_QUALITY = 90
-# Pictures hang in thin frames. The ViT knows places only relative to each other (2D-RoPE): the edge is what a patch on an
-# empty ground can measure its place by. Without, a model of this size had not begun to point after 20,000 pictures.
+# Pictures hang in thin frames. The ViT knows places only relative to each other (2D-RoPE): the edge is what a patch on
+# an empty ground can measure its place by.
 FRAME = 5  # pixels
 FRAME_ON_LIGHT, FRAME_ON_DARK = (70, 60, 50), (190, 180, 170)
 PLATE_COLOR, INK_COLOR = (248, 248, 248), (12, 12, 12)

@@ -36,8 +36,8 @@ WORDS = (
     *("MAP", "NUT", "OWL", "PEN", "RUN", "SUN", "TOY", "VAN", "YES", "ZOO"),
 )
 
-# Boxes lie on a grid of 20 x 20 cells, so their coordinates are multiples of 50 of 1000: the last digits, which a picture of
-# a hundred pixels cannot tell apart, would otherwise be noise in most of what a grounding answer teaches.
+# Boxes lie on a grid of 20 x 20 cells, so their coordinates are multiples of 50 of 1000: the last digits, which a
+# picture of a hundred pixels cannot tell apart, would otherwise be noise in most of what a grounding answer teaches.
 CELLS = 20
 SIDES = (80, 100, 120, 140, 160)  # pixels, whole cells; cost grows with the area, so small ones are more frequent
 MIN_SHAPE, MAX_SHAPE = 34, 64  # pixels: two to four patches across
