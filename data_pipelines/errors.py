@@ -36,5 +36,5 @@ class BudgetError(DataError):
     """A sample that cannot be made to fit its pack. The message names its tokens and the limit."""
 
 
-class PlanMismatch(RuntimeError):
+class PlanMismatch(RuntimeError):  # noqa: N818 (a defect, not an error of the user's)
     """Encoded counts differ from planned ones: a defect of this program, reported with the sample's key."""

@@ -170,20 +170,21 @@ class LedgerEvent:
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One pack: documents end to end, no batch dimension, no padding. Everything the model needs, computed in the worker.
+    """One pack: documents end to end, no batch dimension, no padding; all the model needs, computed in the worker.
 
     input_ids          int64 [T]
     labels             int64 [T], aligned with input_ids, -100 where unsupervised
     position_ids       int64 [3, T], (t, h, w), restarting at 0 in each document
     cu_seqlens         int32 [D + 1], document borders; max_seqlen the longest document
-    image_patches      uint8 [P_i, 588] (channel, row, column); video_patches uint8 [P_v, 1176] (channel, 2 frames, row, column)
+    image_patches      uint8 [P_i, 588]: (channel, row, column)
+    video_patches      uint8 [P_v, 1176]: (channel, 2 frames, row, column)
     grid_thw           int32 [M, 3] in the ViT's order: all still images first, then all clips
     vision_cu_seqlens  int32 [S + 1] over the patches in the ViT's order; vision_max_seqlen the longest segment
     patch_positions    int32 [P, 2], (row, column) of each patch in the ViT's order, for 2D-RoPE
     vision_index       int64 [P / 4]: the row of input_ids that each merged feature replaces; empty with a dummy image
     loss_index         int64 [L]: positions whose next token is supervised; loss_targets int64 [L]: those next tokens
     loss_datasets      int64 [L]: the dataset id of each
-    A pack without media carries a dummy still image of 4 patches (`dummy_vision`), so that every rank runs the ViT.
+    A pack without media carries a dummy still image of 4 patches (`dummy_vision`): every rank runs the ViT.
     A pack may have lost all its samples (T = 0 is replaced by one unsupervised pad token): a legal batch.
     """
 

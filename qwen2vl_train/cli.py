@@ -17,7 +17,7 @@ from qwen2vl_train.config import ConfigError, load_config
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code. Bad input ends with one clear message and code 2."""
-    words = [word for word in (arguments if arguments is not None else sys.argv[1:]) if not _is_local_rank(word)]
+    words = _without_local_rank(list(arguments if arguments is not None else sys.argv[1:]))
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     if rest:  # overrides behind an option, which argparse leaves over
@@ -37,8 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _is_local_rank(word: str) -> bool:
-    return word.startswith("--local_rank")  # the deepspeed launcher adds it unless told --no_local_rank
+def _without_local_rank(words: list[str]) -> list[str]:
+    """The deepspeed launcher adds `--local_rank=N` (older ones in two words) unless told --no_local_rank."""
+    kept = []
+    while words:
+        word = words.pop(0)
+        if word == "--local_rank":
+            words = words[1:]
+        elif not word.startswith("--local_rank="):
+            kept.append(word)
+    return kept
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.shards.storage import expand_shards
 from data_pipelines.sources.demo import build_demo
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig
@@ -24,7 +25,9 @@ from qwen2vl_train.evaluation.runner import Report, evaluate
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.report import write_report
 from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.environment import check_environment
 from qwen2vl_train.training.monitor import Monitor
+from qwen2vl_train.training.stopping import Preempted
 from qwen2vl_train.training.trainer import Trainer
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
@@ -41,6 +44,8 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World) -> Path
     monitor = Monitor(folder, run.monitor, settings, active=world.is_main)
     try:
         prepare_data(run, world, monitor)
+        world.from_main(lambda: _check_heldout(run))
+        monitor.console.print(check_environment(run, world))
         tokenizer = TextTokenizer(run.data.tokenizer)
         config = model_config(run, tokenizer)
         for name in run.chain:
@@ -48,7 +53,8 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World) -> Path
         world.from_main(lambda: _summarise(run, folder, time.time() - started))
         write_report_on_main(folder, world)
     finally:
-        monitor.close()
+        error = sys.exc_info()[1]
+        monitor.close(failed=error is not None and not isinstance(error, Preempted))
     return folder / "summary.json"
 
 
@@ -70,7 +76,7 @@ def prepare_data(run: RunConfig, world: World, monitor: Monitor) -> None:
                 num_texts=demo.num_texts,
                 num_heldout=demo.num_heldout,
                 vocab_size=demo.vocab_size,
-                seed=run.seed,
+                seed=demo.seed,
                 processes=world.size,
                 progress=monitor.advance,
             )
@@ -78,6 +84,12 @@ def prepare_data(run: RunConfig, world: World, monitor: Monitor) -> None:
             monitor.stop_progress()
 
     world.from_main(build)
+
+
+def _check_heldout(run: RunConfig) -> None:
+    """Find the held-out shards before anything is trained, not when the first stage is done."""
+    for task, shards in run.data.heldout.items():
+        expand_shards(f"data.heldout.{task}", (shards,))
 
 
 def model_config(run: RunConfig, tokenizer: TextTokenizer) -> ModelConfig:
@@ -112,7 +124,8 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
     resume = resume_of(run, name)
     if resume != "auto":  # what the stage left before is of another course
         world.from_main(lambda: result.unlink(missing_ok=True))
-    if world.from_main(result.exists):
+    world.from_main(lambda: _hold_settings(run, name, anew=resume != "auto"))
+    if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return
     stage = run.stages[name]
@@ -162,8 +175,13 @@ def initial_weights(run: RunConfig, name: str) -> Path | None:
     """
     wanted = run.stages[name].init_from
     order = list(run.stages)
-    if wanted == "scratch" or (wanted == "previous" and order.index(name) == 0):
+    if wanted == "scratch":
         return None
+    if wanted == "previous" and order.index(name) == 0:
+        raise ConfigError(
+            f"stages.{name}.init_from=previous: {name} is the first stage; name a Hugging Face folder to start from "
+            "(qwen2vl assemble makes one from Qwen2 and a CLIP tower), or scratch"
+        )
     path = Path(run.run_dir) / order[order.index(name) - 1] / "export" if wanted == "previous" else Path(wanted)
     if not (path / "config.json").is_file():
         raise ConfigError(
@@ -177,8 +195,11 @@ def initial_weights(run: RunConfig, name: str) -> Path | None:
 
 
 def _open_run(folder: Path, settings: Mapping[str, Any], world: World) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", dict(settings))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", dict(settings))
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} cannot be written ({error}); choose another folder") from error
     packages = ("torch", "deepspeed", "transformers", "webdataset", "hydra-core", "wandb")
     write_json(
         folder / "environment.json",
@@ -191,6 +212,39 @@ def _open_run(folder: Path, settings: Mapping[str, Any], world: World) -> None:
             "packages": {name: version(name) for name in packages},
         },
     )
+
+
+def _hold_settings(run: RunConfig, name: str, anew: bool) -> None:
+    """Keep what decides the stage's outcome beside it, and refuse to continue or reuse it under other settings.
+
+    Raises:
+        ConfigError: naming each key that differs, with both values.
+    """
+    path = Path(run.run_dir) / name / "settings.json"
+    stage = asdict(run.stages[name])
+    stage["data"].pop("loader")  # workers do not change what is trained
+    model = asdict(run.model.config)
+    mine = json.loads(json.dumps(_flat({"seed": run.seed, "model.config": model, f"stages.{name}": stage})))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and not anew:
+        held = json.loads(path.read_text())
+        changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
+        if changed:
+            listed = "; ".join(f"{key}: was {held.get(key)}, is {mine.get(key)}" for key in changed[:10])
+            raise ConfigError(
+                f"{path.parent} was begun with other settings ({listed}). Restore them, choose another run_dir, or "
+                f"start the stage anew with stage={name} resume=none"
+            )
+    write_json(path, mine)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"a.b": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
 
 
 def _git_revision() -> str | None:
@@ -232,7 +286,10 @@ def _write_result(run: RunConfig, name: str, progress: Progress, report: Report)
 
 
 def _summarise(run: RunConfig, folder: Path, seconds: float) -> None:
-    """Gather each stage's result; minutes add up over interrupted runs."""
+    """Gather each stage's result.
+
+    `minutes` are of the invocation that finished the chain; a repetition that finds everything finished keeps them.
+    """
     path = folder / "summary.json"
     finished = {name: folder / name / "result.json" for name in run.stages}
     stages = {name: json.loads(file.read_text()) for name, file in finished.items() if file.is_file()}
@@ -242,7 +299,7 @@ def _summarise(run: RunConfig, folder: Path, seconds: float) -> None:
         path,
         {
             "minutes": max(before, seconds / 60),
-            "export": stages[last]["export"],
+            "export": str((folder / last / "export").resolve()),
             "report": str((folder / "report.html").resolve()),
             "stages": stages,
         },

@@ -6,7 +6,7 @@ to 1 per task. A box counts as found at IoU >= 0.5 (RefCOCO's Acc@0.5), measured
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,10 +66,17 @@ def metric_of(task: str) -> Metric:
     return METRICS.get(task) or Metric(f"{task}_exact", same_text)
 
 
-def constant_baseline(task: str, truths: Sequence[str]) -> float:
-    """The best score that one constant answer, chosen with the truths known, would reach on `truths` (0 to 1)."""
-    if not truths:
-        return 0.0
+def constant_baseline(task: str, questions: Sequence[str], truths: Sequence[str]) -> float:
+    """What a blind model could score: one constant answer per kind of question, chosen with the truths known (0 to 1).
+
+    The first two words tell the kind ("How many", "What color"). The constant answers tried are the true ones.
+    """
+    kinds: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for question, truth in zip(questions, truths, strict=True):
+        kinds[tuple(question.lower().split()[:2])].append(truth)
     metric = metric_of(task)
-    candidates = [text for text, _ in Counter(truths).most_common(500)]
-    return max(sum(metric.hit(truth, candidate) for truth in truths) for candidate in candidates) / len(truths)
+    hits = 0
+    for group in kinds.values():
+        candidates = [text for text, _ in Counter(group).most_common(500)]
+        hits += max(sum(metric.hit(truth, candidate) for truth in group) for candidate in candidates)
+    return hits / max(1, len(truths))

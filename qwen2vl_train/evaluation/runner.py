@@ -26,7 +26,7 @@ from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError
 from data_pipelines.index.build import Counting
 from data_pipelines.index.source import SourceIndex
-from data_pipelines.samples import Encoded, Media, Record
+from data_pipelines.samples import Encoded, Media, Record, Text
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import EvaluationConfig
@@ -47,6 +47,7 @@ class Answer:
     """One scored sample. `shown` carries its picture for the first few of each task."""
 
     task: str
+    question: str
     truth: str
     prediction: str
     hit: bool
@@ -97,7 +98,9 @@ def evaluate(
         if answers:
             name = metric_of(task).name
             report.metrics[name] = sum(answer.hit for answer in answers) / len(answers)
-            report.baseline[name] = constant_baseline(task, [answer.truth for answer in answers])
+            report.baseline[name] = constant_baseline(
+                task, [answer.question for answer in answers], [answer.truth for answer in answers]
+            )
             report.shown += [answer.shown for answer in answers if answer.shown][: config.pictures]
         if progress is not None:
             progress(number + 1)
@@ -111,12 +114,13 @@ def _score_task(
     paths = expand_shards(f"data.heldout.{task}", (shards,))
     source = SourceIndex(task, paths, Counting(encoder.tokenizer, encoder.template))
     questions = []
+    answers: list[Answer] = []
     for _, record, media, read in islice(source.records(), world.rank, config.max_samples, world.size):
         try:
             questions.append(_question(encoder, record, {item.name: item for item, _ in media}, read))
         except DataError as error:
-            warnings.warn(f"held-out sample left out: {error}", stacklevel=2)
-    answers: list[Answer] = []
+            warnings.warn(f"held-out sample counts as wrong: {error}", stacklevel=2)
+            answers.append(Answer(task, _asked(record), "", "", False, None))
     stop = (encoder.tokenizer.special.im_end, encoder.tokenizer.special.endoftext)
     for first in range(0, len(questions), config.batch_size):
         batch = questions[first : first + config.batch_size]
@@ -126,7 +130,7 @@ def _score_task(
             hit = metric_of(task).hit(question.truth, prediction)
             looked_at = len(answers) < -(-config.pictures // world.size)
             shown = _show(task, question, prediction, hit, encoder) if looked_at else None
-            answers.append(Answer(task, question.truth, prediction, hit, shown))
+            answers.append(Answer(task, _asked(question.record), question.truth, prediction, hit, shown))
     source.close()
     return answers
 
@@ -152,6 +156,12 @@ def _question(
     ends = [place for place, token in enumerate(answer) if token in (special.im_end, special.endoftext)]
     truth = encoder.tokenizer.decode(answer[: ends[0]] if ends else answer)
     return _Question(record, media, read, prompt, encoder.tokenizer.decode(asked), truth)
+
+
+def _asked(record: Record) -> str:
+    """The words of the last question."""
+    last = [message for message in record.messages if message.role == "user"][-1:]
+    return " ".join(part.text for message in last for part in message.parts if isinstance(part, Text)).strip()
 
 
 def _show(task: str, question: _Question, prediction: str, hit: bool, encoder: SampleEncoder) -> Shown:

@@ -106,10 +106,11 @@ class Journal:
     def _check_losses_of_samples(self, progress: Progress) -> None:
         """Stop when a dataset loses more of its samples than its `max_error_rate` (from 100 samples on).
 
-        Every rank holds the same counts here, so all stop together.
+        What the index left out was held against the same rate when the data was opened. Every rank holds the same
+        counts here, so all stop together.
         """
         for name, source in self._stage.data.sources.items():
-            lost = sum(count for label, count in progress.lost.items() if label.rpartition("/")[0] == name)
+            lost = progress.failed.get(name, 0)
             seen = lost + progress.documents.get(name, 0)
             if seen >= 100 and lost > source.max_error_rate * seen:
                 reasons = ", ".join(f"{label}: {count}" for label, count in sorted(progress.lost.items()))

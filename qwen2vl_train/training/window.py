@@ -21,7 +21,7 @@ class Progress:
 
     `capacity` is packs * max_tokens, so fill = tokens / capacity. `seconds` is training time with data wait
     (`wait_s` of it), without evaluation or checkpoints. `documents` counts by dataset, `lost`
-    and `changed` by "dataset/reason".
+    and `changed` by "dataset/reason"; `failed` by dataset: those of `lost` that failed when their pack was made.
     """
 
     step: int = 0
@@ -38,6 +38,7 @@ class Progress:
     documents: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
 
     @property
     def fill(self) -> float:
@@ -56,7 +57,7 @@ class Progress:
             self.tokens += window.tokens
             self.vision_tokens += window.vision_tokens
             self.capacity += window.capacity
-            for name in ("documents", "lost", "changed"):
+            for name in ("documents", "lost", "changed", "failed"):
                 setattr(self, name, dict(Counter(getattr(self, name)) + getattr(window, name)))
         self.supervised += supervised
         self.seconds += seconds
@@ -80,6 +81,7 @@ class Window:
         self.documents: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()  # of `lost`, by dataset: what failed when its pack was made
         self._start = time.perf_counter()
 
     def timed_next(self, source: Iterator[list[PackedBatch]]) -> list[PackedBatch]:
@@ -102,6 +104,7 @@ class Window:
             for event in pack.events:
                 counter = self.changed if event.reason in LOSSLESS else self.lost
                 counter[f"{event.dataset}/{event.reason}"] += 1
+                self.failed[event.dataset] += counter is self.lost and not event.indexed
 
     def seconds(self) -> float:
         """Since the last reset."""

@@ -1,4 +1,4 @@
-"""The whole way in small: demo data, four stages on two ranks under ZeRO-3, evaluation, export, a kill and its resume."""
+"""The whole way in small: demo data, four stages on two ranks under ZeRO-3, evaluation, export, kill and resume."""
 
 import json
 import os

@@ -27,11 +27,12 @@ def test_text_ignores_case_and_outer_spaces():
     assert not same_text("a red circle", "a red circle.")
 
 
-def test_the_baseline_is_the_best_constant_answer():
-    assert constant_baseline("vqa", ["two", "one", "two", "red"]) == 0.5
+def test_the_baseline_is_the_best_constant_answer_to_each_kind_of_question():
+    asked = ["How many dots?", "How many rings?", "How many?", "What color is it?"]
+    assert constant_baseline("vqa", asked, ["two", "one", "two", "red"]) == 0.75
     truths = [box(0, 0, 100, 100), box(0, 0, 100, 80), box(500, 500, 600, 600)]
-    assert constant_baseline("referring", truths) == pytest.approx(2 / 3)
-    assert constant_baseline("vqa", []) == 0.0
+    assert constant_baseline("referring", ["Where is"] * 3, truths) == pytest.approx(2 / 3)
+    assert constant_baseline("vqa", [], []) == 0.0
 
 
 def test_unlisted_tasks_are_scored_by_exact_text():
