@@ -98,6 +98,8 @@ class Tracker:
 
 def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
     """The mode for wandb: "auto" is online with a login; online becomes offline when its server does not answer."""
+    if wanted == "auto":  # the user's environment decides before the login does
+        wanted = os.environ.get("WANDB_MODE", wanted)
     if wanted == "disabled":
         return "disabled"
     if wanted == "offline":
