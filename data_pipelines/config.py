@@ -56,7 +56,8 @@ class SourceConfig:
 class PlanConfig:
     """Packing: at most `max_tokens` LLM tokens and `max_patches` ViT patches a pack, chosen from a pool of samples.
 
-    `packing` "task" packs only samples of one task kind together (as Qwen-VL did), "single" one document a pack.
+    `packing` "balanced" composes packs towards the mean cost of the model too, so that ranks wait less for one another;
+    "task" packs only samples of one task kind together (as Qwen-VL did), "single" one document a pack.
     Order: blocks of `block_size` neighbouring samples, mixed over `window_shards` shards that are open together.
     `size_temperature` T multiplies each source's weight by its number of samples to the power 1/T (None: does not).
     """
@@ -66,7 +67,7 @@ class PlanConfig:
     pool_size: int = 256
     block_size: int = 1024
     window_shards: int = 8
-    packing: Literal["pool", "task", "single"] = "pool"
+    packing: Literal["pool", "balanced", "task", "single"] = "pool"
     size_temperature: float | None = None
 
     def __post_init__(self) -> None:

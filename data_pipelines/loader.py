@@ -52,12 +52,12 @@ def open_sources(
     return sources
 
 
-def new_planner(config: DataConfig, sources: list[SourceIndex], seed: int) -> Planner:
-    """The plan of a mixture, at its beginning."""
+def new_planner(config: DataConfig, sources: list[SourceIndex], seed: int, cost: PackCost | None = None) -> Planner:
+    """The plan of a mixture, at its beginning; `cost` is needed for balanced packing."""
     phases = mixture_phases(
         list(config.sources.values()), lambda: [source.num_samples for source in sources], config.plan.size_temperature
     )
-    return Planner(sources, phases, config.media, config.plan, seed)
+    return Planner(sources, phases, config.media, config.plan, seed, cost)
 
 
 def _check_error_rate(source: SourceIndex, limit: float) -> None:
@@ -189,7 +189,7 @@ class PackLoader:
             yield pool.next()
 
     def _new_planner(self) -> Planner:
-        return new_planner(self._config, self._sources, self._seed)
+        return new_planner(self._config, self._sources, self._seed, self._cost)
 
     def _identity(self) -> dict[str, Any]:
         """What decides the plan besides its state."""
@@ -201,6 +201,7 @@ class PackLoader:
             "tokenizer": self._tokenizer.fingerprint,
             "media": repr(config.media),
             "plan": repr(config.plan),
+            "cost": repr(self._cost) if config.plan.packing == "balanced" else None,
             **{
                 f"source {source.name}": [len(source.shards), source.fingerprint, repr(mixture[source.name])]
                 for source in self._sources

@@ -1,21 +1,24 @@
-"""Which rank takes which pack of a step, so that no micro-step waits long for its slowest rank.
+"""Packs and steps of even cost, so that no micro-step waits long for its slowest rank.
 
-Enters: a step's packs and a cost function (the model's, passed in: this package knows no model). Leaves: the same packs
-in another order. Costs a sort per step. ZeRO-3 synchronises every micro-step, so a step lasts the sum over micro-steps
-of the slowest rank's cost: packs of like cost belong into the same micro-step. Sorting by cost does that, and no other
-assignment of the same packs is shorter: the k-th micro-step's maximum is at least the (k * world)-th largest cost.
+Enters: samples or packs, and a cost function (the model's, passed in: this package knows no model). ZeRO-3 synchronises
+every micro-step, so a step lasts the sum over micro-steps of the slowest rank's cost. Two remedies:
+
+- `order_by_cost`: packs of like cost share a micro-step. It changes nothing but the order inside a step, and no other
+  assignment of the same packs is shorter: the k-th micro-step's maximum is at least the (k * world)-th largest cost.
+- `CostPacker` (`packing: balanced`): packs are composed towards the mean cost, which helps without accumulation too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.plan.packer import Item
+from data_pipelines.plan.packer import ARRIVAL, ORDER_BITS, Item
 
 
 class Costed(Protocol):
@@ -81,6 +84,83 @@ def order_by_cost(packs: Sequence[AnyPack], cost: PackCost) -> list[AnyPack]:
     Micro-step m of `world` ranks takes packs [m * world, (m + 1) * world) of this order.
     """
     return sorted(packs, key=lambda pack: (-cost.pack(pack), pack.number))
+
+
+class CostPacker:
+    """A pool packer that steers each pack's cost towards the mean: oldest first, then best fit among samples that are
+    dear for their tokens while the pack is cheaper than the mean so far, among cheap ones while it is dearer.
+
+    Cost counts in whole millions, so that sums are exact. State: the open items, each with whether it was dear when it
+    came, and the sums of tokens and cost so far.
+    """
+
+    def __init__(
+        self,
+        max_tokens: int,
+        max_patches: int,
+        pool_size: int,
+        cost: PackCost,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._max_tokens, self._max_patches, self._pool_size, self._cost = max_tokens, max_patches, pool_size, cost
+        # Arrival number → (item, its cost, whether it is dear); the cheap and the dear by (tokens, arrival).
+        self._items: dict[int, tuple[Item, int, bool]] = {}
+        self._ranked: tuple[list[int], list[int]] = ([], [])
+        self._arrivals = self._sum_tokens = self._sum_cost = 0
+        if state:
+            self._sum_tokens, self._sum_cost = state["tokens"], state["cost"]
+            for dear, *item in state["items"]:
+                self._open(Item(*item), bool(dear))
+
+    def state(self) -> dict[str, Any]:
+        """The open items, oldest first, and the running sums."""
+        items = [[int(dear), *item] for item, _, dear in self._items.values()]
+        return {"items": items, "tokens": self._sum_tokens, "cost": self._sum_cost}
+
+    def next_pack(self, source: Iterator[Item]) -> list[Item]:
+        """The next pack; `source` refills the pool, each item within budget."""
+        while len(self._items) < self._pool_size:
+            self._draw(source)
+        arrival = next(iter(self._items))
+        item, _, dear = self._items[arrival]
+        del self._ranked[dear][bisect_left(self._ranked[dear], item.tokens << ORDER_BITS | arrival)]
+        tokens, patches, spent = self._max_tokens, self._max_patches, 0
+        pack = []
+        while True:
+            item, cost, _ = self._items.pop(arrival)
+            pack.append(item)
+            tokens, patches, spent = tokens - item.tokens, patches - item.patches, spent + cost
+            self._draw(source)
+            below_mean = spent * self._sum_tokens < self._sum_cost * (self._max_tokens - tokens)
+            found = self._best_fit(below_mean, tokens, patches)
+            if found is None:
+                found = self._best_fit(not below_mean, tokens, patches)
+            if found is None:
+                return pack
+            arrival = found
+
+    def _best_fit(self, dear: bool, tokens: int, patches: int) -> int | None:
+        """Take the longest item of one kind that fits from its list; its arrival number."""
+        ranked = self._ranked[dear]
+        place = bisect_left(ranked, (tokens + 1) << ORDER_BITS) - 1
+        while place >= 0 and self._items[ranked[place] & ARRIVAL][0].patches > patches:
+            place -= 1
+        return ranked.pop(place) & ARRIVAL if place >= 0 else None
+
+    def _draw(self, source: Iterator[Item]) -> None:
+        item = next(source)
+        cost = self._millions(item)
+        self._sum_tokens += item.tokens
+        self._sum_cost += cost
+        self._open(item, cost * self._sum_tokens > self._sum_cost * item.tokens)
+
+    def _open(self, item: Item, dear: bool) -> None:
+        self._items[self._arrivals] = (item, self._millions(item), dear)
+        insort(self._ranked[dear], item.tokens << ORDER_BITS | self._arrivals)
+        self._arrivals += 1
+
+    def _millions(self, item: Item) -> int:
+        return int(self._cost.item(item) * 1e-6)
 
 
 def imbalance(costs: npt.NDArray[np.float64]) -> float:

@@ -9,11 +9,11 @@ Every pack begins with its pool's oldest item, so no sample waits for more packs
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
-_ORDER_BITS = 44
-_ARRIVAL = (1 << _ORDER_BITS) - 1
+ORDER_BITS = 44
+ARRIVAL = (1 << ORDER_BITS) - 1
 
 
 class Item(NamedTuple):
@@ -39,32 +39,34 @@ class Packer(Protocol):
         """The next pack; `source` gives samples, each within budget, as they are needed."""
         ...
 
-    def state(self) -> list[list[int]]:
-        """The open samples, each with its age, oldest first."""
+    def state(self) -> dict[str, Any]:
+        """What a new packer of the same budgets needs to go on."""
         ...
 
 
 class PoolPacker:
     """Fills packs of at most `max_tokens` and `max_patches` from a pool that is kept at `pool_size` items."""
 
-    def __init__(self, max_tokens: int, max_patches: int, pool_size: int, state: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, max_tokens: int, max_patches: int, pool_size: int, state: Mapping[str, Any] | None = None
+    ) -> None:
         self._max_tokens, self._max_patches, self._pool_size = max_tokens, max_patches, pool_size
         # Arrival number → item, in order of arrival; and (tokens, arrival) as one sortable integer.
         self.items: dict[int, Item] = {}
         self._ranked: list[int] = []
         self._arrivals = 0
-        for item in state:
+        for item in state["items"] if state else ():
             self.add(Item(*item))
 
-    def state(self) -> list[list[int]]:
+    def state(self) -> dict[str, Any]:
         """The open items, oldest first."""
-        return [list(item) for item in self.items.values()]
+        return {"items": [list(item) for item in self.items.values()]}
 
     def add(self, item: Item, arrival: int | None = None) -> None:
         """Open one item. `arrival` numbers rise; by default they count on."""
         number = self._arrivals if arrival is None else arrival
         self.items[number] = item
-        insort(self._ranked, item.tokens << _ORDER_BITS | number)
+        insort(self._ranked, item.tokens << ORDER_BITS | number)
         self._arrivals = number + 1
 
     def next_pack(self, source: Iterator[Item] | None) -> list[Item]:
@@ -74,7 +76,7 @@ class PoolPacker:
         while source is not None and len(items) < self._pool_size:
             self.add(next(source))
         arrival = next(iter(items))
-        del ranked[bisect_left(ranked, items[arrival].tokens << _ORDER_BITS | arrival)]
+        del ranked[bisect_left(ranked, items[arrival].tokens << ORDER_BITS | arrival)]
         arrivals, tokens, patches = self._arrivals, self._max_tokens, self._max_patches
         pack = []
         while True:
@@ -85,16 +87,16 @@ class PoolPacker:
             if source is not None:
                 item = next(source)
                 items[arrivals] = item
-                insort(ranked, item.tokens << _ORDER_BITS | arrivals)
+                insort(ranked, item.tokens << ORDER_BITS | arrivals)
                 arrivals += 1
             # The longest item that fits the tokens left, then the next shorter until the patches fit too.
-            place = bisect_left(ranked, (tokens + 1) << _ORDER_BITS) - 1
-            while place >= 0 and items[ranked[place] & _ARRIVAL].patches > patches:
+            place = bisect_left(ranked, (tokens + 1) << ORDER_BITS) - 1
+            while place >= 0 and items[ranked[place] & ARRIVAL].patches > patches:
                 place -= 1
             if place < 0:
                 self._arrivals = arrivals
                 return pack
-            arrival = ranked.pop(place) & _ARRIVAL
+            arrival = ranked.pop(place) & ARRIVAL
 
 
 class TaskPacker:
@@ -104,20 +106,23 @@ class TaskPacker:
     got so far after 64 x `pool_size` drawn samples gives what it has, so that no sample waits for ever.
     """
 
-    def __init__(self, max_tokens: int, max_patches: int, pool_size: int, state: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, max_tokens: int, max_patches: int, pool_size: int, state: Mapping[str, Any] | None = None
+    ) -> None:
         self._budgets = (max_tokens, max_patches, pool_size)
         self._ready_items, self._ready_tokens = max(1, pool_size // 4), 2 * max_tokens
         self._patience = 64 * pool_size
         self._pools: dict[int, PoolPacker] = {}
         self._held: dict[int, int] = {}
-        self._drawn = state[0][0] if state else 0
-        for age, *item in state:
+        open_items = state["items"] if state else []
+        self._drawn = open_items[0][0] if open_items else 0
+        for age, *item in open_items:
             self._add(Item(*item), self._drawn - age)
 
-    def state(self) -> list[list[int]]:
+    def state(self) -> dict[str, Any]:
         """The open items by age in drawn samples: [age, *item], oldest first."""
         open_items = [(arrival, item) for pool in self._pools.values() for arrival, item in pool.items.items()]
-        return [[self._drawn - arrival, *item] for arrival, item in sorted(open_items)]
+        return {"items": [[self._drawn - arrival, *item] for arrival, item in sorted(open_items)]}
 
     def next_pack(self, source: Iterator[Item]) -> list[Item]:
         """The next pack, of the kind that waited too long, else of the first kind that gets ready."""
@@ -148,9 +153,9 @@ class TaskPacker:
 class SinglePacker:
     """Every document alone: no packing, for comparison."""
 
-    def state(self) -> list[list[int]]:
+    def state(self) -> dict[str, Any]:
         """Nothing is kept open."""
-        return []
+        return {}
 
     def next_pack(self, source: Iterator[Item]) -> list[Item]:
         """The next sample."""

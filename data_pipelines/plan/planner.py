@@ -12,7 +12,7 @@ the number of the next pack. It grows with the pool and the number of sources, n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import length_hint
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from data_pipelines.config import MediaConfig, PlanConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.index.source import ShardTable, SourceIndex
+from data_pipelines.plan.balance import CostPacker, PackCost
 from data_pipelines.plan.lengths import sample_lengths
 from data_pipelines.plan.mixture import Mixture, Phase
 from data_pipelines.plan.order import SourceOrder
@@ -50,13 +51,19 @@ class Planner:
     """
 
     def __init__(
-        self, sources: Sequence[SourceIndex], phases: Sequence[Phase], media: MediaConfig, plan: PlanConfig, seed: int
+        self,
+        sources: Sequence[SourceIndex],
+        phases: Sequence[Phase],
+        media: MediaConfig,
+        plan: PlanConfig,
+        seed: int,
+        cost: PackCost | None = None,
     ) -> None:
         self.number = self.tokens = 0
-        self._phases, self._plan = phases, plan
+        self._phases, self._plan, self._cost = phases, plan, cost
         self._phase = 0
         self._mixture = Mixture(phases[0].weights)
-        self._packer = _new_packer(plan, ())
+        self._packer = self._new_packer(None)
         self._shared = _Shared([], {} if plan.packing == "task" else None)
         self._cursors = [
             _Cursor(number, source, media, plan, seed, self._shared) for number, source in enumerate(sources)
@@ -99,7 +106,7 @@ class Planner:
             cursor.load_state_dict(place)
         self._shared.events.clear()  # told when the blocks were opened first
         self._items = self._draw_items()
-        self._packer = _new_packer(self._plan, state["pool"])
+        self._packer = self._new_packer(state["pool"])
 
     def _draw_items(self) -> Iterator[Item]:
         """The samples in the order in which they enter the pool; its place is that of the mixture and the cursors."""
@@ -112,12 +119,18 @@ class Planner:
                 item = next(cursor.items, None)
             yield item
 
-
-def _new_packer(plan: PlanConfig, state: Sequence[Sequence[int]]) -> Packer:
-    if plan.packing == "single":
-        return SinglePacker()
-    packer = TaskPacker if plan.packing == "task" else PoolPacker
-    return packer(plan.max_tokens, plan.max_patches, plan.pool_size, state)
+    def _new_packer(self, state: Mapping[str, Any] | None) -> Packer:
+        plan = self._plan
+        budgets = (plan.max_tokens, plan.max_patches, plan.pool_size)
+        if plan.packing == "single":
+            return SinglePacker()
+        if plan.packing == "task":
+            return TaskPacker(*budgets, state)
+        if plan.packing == "pool":
+            return PoolPacker(*budgets, state)
+        if self._cost is None:
+            raise ValueError("plan.packing=balanced needs the model's cost (PackLoader's argument `cost`); or use pool")
+        return CostPacker(*budgets, self._cost, state)
 
 
 @dataclass(frozen=True, slots=True)

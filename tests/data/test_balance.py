@@ -1,13 +1,14 @@
 """Costs of packs and the order that makes ranks wait least."""
 
+import json
 from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data_pipelines.plan.balance import PackCost, imbalance, order_by_cost
-from data_pipelines.plan.packer import Item
+from data_pipelines.plan.balance import CostPacker, PackCost, imbalance, order_by_cost
+from data_pipelines.plan.packer import Item, PoolPacker
 
 
 def pack(number, *tokens):
@@ -43,3 +44,35 @@ def test_no_other_assignment_waits_less():
         best = min(imbalance(np.array(order).reshape(3, 2)) for order in permutations(costs))
         ordered = np.sort(costs)[::-1].reshape(3, 2)
         assert imbalance(ordered) == pytest.approx(best)
+
+
+def test_balanced_packs_vary_less_in_cost_and_stay_full():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 400, 12_000)
+    patches = np.where(rng.random(12_000) < 0.5, 4 * (lengths - 10), 0)
+    source = [Item(0, 0, 0, 0, int(n), int(p), int(p) ** 2) for n, p in zip(lengths, patches, strict=True)]
+    cost = PackCost(1e6, 0, 2e6, 1e3)
+    spread, fill = {}, {}
+    for name, packer in (("pool", PoolPacker(4096, 1 << 40, 64)), ("cost", CostPacker(4096, 1 << 40, 64, cost))):
+        items = iter(source)
+        packs = [packer.next_pack(items) for _ in range(300)]
+        costs = np.array([sum(cost.item(item) for item in pack) for pack in packs])
+        spread[name] = costs.std() / costs.mean()
+        fill[name] = np.mean([sum(item.tokens for item in pack) / 4096 for pack in packs])
+    assert spread["cost"] < 0.6 * spread["pool"]
+    assert fill["cost"] > 0.99
+
+
+def test_a_balanced_pool_that_is_put_back_packs_the_same():
+    rng = np.random.default_rng(1)
+    sizes = zip(rng.integers(1, 400, 6000).tolist(), rng.integers(0, 900, 6000).tolist(), strict=True)
+    source = [Item(0, 0, row, 0, n, p, p * p) for row, (n, p) in enumerate(sizes)]
+    cost = PackCost(1e6, 1e3, 2e6, 1e3)
+    one, place = CostPacker(1000, 3000, 32, cost), iter(source)
+    for _ in range(100):
+        one.next_pack(place)
+    rest = list(place)
+    two = CostPacker(1000, 3000, 32, cost, json.loads(json.dumps(one.state())))
+    first, second = iter(rest), iter(rest)
+    for _ in range(100):
+        assert one.next_pack(first) == two.next_pack(second)

@@ -11,6 +11,7 @@ import pytest
 from data_pipelines.config import SourceConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.loader import new_planner, open_sources
+from data_pipelines.plan.balance import PackCost
 from data_pipelines.plan.mixture import Mixture, Phase, mixture_phases
 from data_pipelines.plan.order import SourceOrder, permutation
 from data_pipelines.plan.planner import Planner
@@ -20,7 +21,7 @@ from data_pipelines.shards.writer import ShardWriter
 def planner(tiny, seed=0, change=None, **kwargs):
     config = tiny.config(**kwargs)
     config = replace(config, plan=replace(config.plan, **(change or {})))
-    return new_planner(config, open_sources(config, tiny.tokenizer), seed)
+    return new_planner(config, open_sources(config, tiny.tokenizer), seed, PackCost(1e6, 1e3, 2e6, 1e3))
 
 
 def splitmix64(state):
@@ -193,13 +194,13 @@ def test_every_sample_is_planned_once_an_epoch(tiny):
         assert pack.num_tokens == sum(item.tokens for item in pack.items) <= 192
         seen.update((item.epoch, item.shard, item.row) for item in pack.items)
         packs += 1
-    waiting = [tuple(item) for item in plan.state_dict()["pool"]]
+    waiting = [tuple(item) for item in plan.state_dict()["pool"]["items"]]
     seen.update((epoch, shard, row) for _, shard, row, epoch, *_ in waiting)
     assert max(seen.values()) == 1
     assert [sum(epoch == e for epoch, _, _ in seen) for e in range(4)] == [20] * 4
 
 
-@pytest.mark.parametrize("packing", ["pool", "task", "single"])
+@pytest.mark.parametrize("packing", ["pool", "balanced", "task", "single"])
 def test_a_plan_goes_on_from_any_pack(tiny, packing):
     rng = np.random.default_rng(0)
     one = planner(tiny, change={"packing": packing})

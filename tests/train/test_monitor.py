@@ -1,0 +1,93 @@
+"""Figures: one JSON line each, forgotten after a resume, and wandb that can be away, fail or hang without harm."""
+
+import json
+import socket
+import time
+
+import pytest
+
+from qwen2vl_train.config import MonitorConfig
+from qwen2vl_train.training import tracker
+from qwen2vl_train.training.monitor import Monitor
+from qwen2vl_train.training.tracker import Tracker, choose_mode, section_of
+
+
+@pytest.fixture
+def monitor(tmp_path):
+    return Monitor(tmp_path, MonitorConfig("disabled"), {}, active=True)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path, monitor):
+    monitor.log("vision", 1, {"loss": float("nan"), "gradient_norm": float("inf"), "fill": 0.5})
+    assert lines(tmp_path) == [{"stage": "vision", "step": 1, "loss": None, "gradient_norm": None, "fill": 0.5}]
+
+
+def test_a_resumed_stage_forgets_its_later_lines_and_a_half_line_only(tmp_path, monitor):
+    for stage, step in (("vision", 1), ("vision", 2), ("multitask", 9), ("vision", 3)):
+        monitor.log(stage, step, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "vision", "st')
+    monitor.forget_after("vision", 2)
+    assert [(line["stage"], line["step"]) for line in lines(tmp_path)] == [
+        ("vision", 1),
+        ("vision", 2),
+        ("multitask", 9),
+    ]
+
+
+def test_a_silent_monitor_writes_nothing(tmp_path):
+    silent = Monitor(tmp_path, MonitorConfig("online"), {}, active=False)
+    silent.log("vision", 1, {"loss": 1.0})
+    silent.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_goes_offline_at_once_when_its_server_is_away(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    notes = []
+    start = time.monotonic()
+    assert choose_mode("auto", notes.append) == "offline"
+    assert time.monotonic() - start < 5
+    assert "does not answer" in notes[0]
+    assert choose_mode("disabled", notes.append) == "disabled"
+    assert choose_mode("offline", notes.append) == "offline"
+
+
+class FailingRun:
+    def define_metric(self, name, step_metric):
+        self.defined = name
+
+    def log(self, figures):
+        raise ConnectionError("the server went away")
+
+    def finish(self, exit_code):
+        time.sleep(60)
+
+
+def test_an_error_of_wandb_switches_it_off_and_closing_never_waits_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker, "_start", lambda *arguments: FailingRun())
+    monkeypatch.setattr(tracker, "_CLOSE_S", 0.2)
+    notes = []
+    hanging, failing = (Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append) for _ in range(2))
+    start = time.monotonic()
+    hanging.close(failed=False)
+    assert time.monotonic() - start < 5
+    assert "did not finish" in notes.pop()
+    failing.log("vision", 1, {"loss": 1.0})
+    assert "the server went away" in notes.pop()
+    failing.log("vision", 2, {"loss": 1.0})
+    failing.close(failed=True)
+    assert notes == []
+
+
+def test_charts_are_grouped_by_what_they_show():
+    names = ["loss/scenes", "lr/vit", "mfu", "skipped/scenes/media", "held_out/caption_exact"]
+    assert [section_of(name) for name in names] == ["loss", "optimisation", "throughput", "data", "evaluation"]
