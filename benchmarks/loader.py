@@ -1,0 +1,241 @@
+"""The data way against its peers: reading and decoding end to end, fill, the planner's time, resume, balance.
+
+    python -m benchmarks.loader [--pictures 256] [--rounds 5]
+
+One thread, CPU time, medians of interleaved rounds, since other processes share the machine. webdataset and (where it
+is installed) Megatron-Energon read the same shards; "decoded" does the same parsing, tokenising, decoding and collating
+for all, "raw" only delivers each sample's bytes. Lengths of the plan are simulated. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.decode import make_pictures
+from benchmarks.planning import fills, imbalances, planner_us_per_sample, resume, seconds_per_step
+from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanConfig, SourceConfig
+from data_pipelines.decode.image import probe_image
+from data_pipelines.decode.record import parse_record
+from data_pipelines.encode.sample import SampleEncoder
+from data_pipelines.index.read import read_member
+from data_pipelines.index.source import SourceIndex
+from data_pipelines.loader import PackLoader, open_sources
+from data_pipelines.pack.collate import collate
+from data_pipelines.plan.balance import PackCost
+from data_pipelines.shards.storage import open_shard
+from data_pipelines.shards.writer import ShardWriter
+from data_pipelines.sources.bpe import train_bpe
+from data_pipelines.tokenizer import TextTokenizer
+
+Sample = dict[str, bytes]
+MAX_TOKENS = 16384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=256, help="pictures of 640 x 480 to write and read")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of each measurement")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        rates, pack_bytes = end_to_end(Path(name), args.pictures, args.rounds)
+    for way, rate in rates.items():
+        print(f"{way:22} {rate:10.1f} samples/s per core")
+    diets = fills()
+    for diet, figures in diets.items():
+        print(f"{diet:22} " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+    planner = {f"1e{power}": round(planner_us_per_sample(10**power), 2) for power in (3, 5, 7, 9)}
+    resume_s, state_bytes = resume(10**9)
+    cost = cost_2b()
+    balance = imbalances(cost) if cost is not None else {}
+    print("imbalance of 256 ranks " + "  ".join(f"{key}: {value:.3f}" for key, value in balance.items()))
+
+    def ratio(way: str, peer: str) -> float | None:
+        return round(rates[f"ours {way}"] / rates[f"{peer} {way}"], 2) if f"{peer} {way}" in rates else None
+
+    summary = {
+        "ratio_energon_decoded": ratio("decoded", "energon"),
+        "ratio_energon_raw": ratio("raw", "energon"),
+        "ratio_webdataset_decoded": ratio("decoded", "webdataset"),
+        "ratio_webdataset_raw": ratio("raw", "webdataset"),
+        "fill_mean": round(diets["short"]["ours"], 4),
+        "share_under_98": round(diets["short"]["under_98"], 4),
+        "planner_us_per_sample": planner,
+        "resume_s": round(resume_s, 3),
+        "state_bytes": state_bytes,
+        "pack_bytes": pack_bytes,
+        "imbalance_256": round(balance["sorted 8"], 3) if balance else None,
+        "planner_s_per_step_1024": round(seconds_per_step(), 3),
+    }
+    print(json.dumps(summary))
+
+
+def cost_2b() -> PackCost | None:
+    """FLOPs of Qwen2-VL-2B with everything trained, read from the model's own count."""
+    try:
+        from qwen2vl_train.model.config import ModelConfig
+        from qwen2vl_train.model.cost import PackLengths, pack_flops
+    except ImportError:
+        return None
+    config = ModelConfig()
+
+    def flops(documents: Any, segments: Any) -> float:
+        lengths = PackLengths(tuple(documents), tuple(segments), sum(segments), 0, 0)
+        return float(pack_flops(config, lengths, {"vit", "merger", "llm"}).total)
+
+    return PackCost.of(flops)
+
+
+def end_to_end(folder: Path, pictures: int, rounds: int) -> tuple[dict[str, float], int]:
+    """Samples per CPU second of each way, and the bytes of a pack of stills."""
+    made = make_pictures()
+    captions = [f"a picture number {number} of many colours and shapes" for number in range(pictures)]
+    with ShardWriter(folder, "b", max_records=128) as writer:
+        for number, caption in enumerate(captions):
+            data = made[number % len(made)]
+            facts = probe_image(data, "0.jpg", "k")
+            record = {"caption": caption, "media": {"0.jpg": {"width": facts.width, "height": facts.height}}}
+            writer.write(f"{number:06d}", record, {"0.jpg": data})
+    train_bpe(captions, folder / "tokenizer", vocab_size=400)
+    tokenizer = TextTokenizer(folder / "tokenizer")
+    plan = PlanConfig(pool_size=64)
+    config = DataConfig(
+        {"b": SourceConfig((f"{folder}/b-*.tar",))}, media=MediaConfig(), plan=plan, loader=LoaderConfig(num_workers=0)
+    )
+    source = open_sources(config, tokenizer)[0]
+    shards = list(source.shards)
+    encoder = SampleEncoder(tokenizer, "plain", config.media, MAX_TOKENS)
+    raw: dict[str, Callable[[], Iterator[Sample]]] = {
+        "ours": lambda: read_indexed(source),
+        "webdataset": lambda: read_webdataset(shards),
+    }
+    if (energon := prepare_energon(folder)) is not None:
+        raw["energon"] = energon
+    ways: dict[str, Callable[[], float]] = {
+        f"{name} raw": lambda read=read: rate_of(read()) for name, read in raw.items()
+    }
+    ways["ours decoded"] = lambda: rate_of_loader(config, tokenizer, pictures)
+    for name in ("webdataset", "energon"):
+        if name in raw:
+            ways[f"{name} decoded"] = lambda read=raw[name]: rate_of(decoded(read(), encoder, tokenizer))
+    figures: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, measure in ways.items():
+            figures[name].append(measure())
+    return {name: statistics.median(values) for name, values in figures.items()}, bytes_of_pack(config, tokenizer)
+
+
+def rate_of(samples: Iterator[Any]) -> float:
+    start, count = time.process_time(), sum(1 for _ in samples)
+    return count / (time.process_time() - start)
+
+
+def rate_of_loader(config: DataConfig, tokenizer: TextTokenizer, pictures: int) -> float:
+    """Plan, read, decode, encode and collate as a run does, in this process."""
+    loader = PackLoader(config, tokenizer, 1, 0, 1, seed=0)
+    steps = iter(loader)
+    start, count = time.process_time(), 0
+    while count < pictures:
+        count += sum(len(batch.keys) for batch in next(steps))
+    return count / (time.process_time() - start)
+
+
+def bytes_of_pack(config: DataConfig, tokenizer: TextTokenizer) -> int:
+    batch = next(iter(PackLoader(config, tokenizer, 1, 0, 1, seed=0)))[0]
+    return sum(value.nbytes for value in vars_of(batch) if isinstance(value, torch.Tensor))
+
+
+def vars_of(batch: Any) -> list[Any]:
+    return [getattr(batch, name) for name in batch.__slots__]
+
+
+def read_indexed(source: SourceIndex) -> Iterator[Sample]:
+    """Every sample's members through the index, one `pread` each."""
+    for number, shard in enumerate(source.shards):
+        index, file = source.table(number).index, open_shard(shard)
+        for row in range(index.num_samples):
+            key = index.key(row)
+            yield {name: read_member(key, name, member, file) for name, member in index.members(row).items()}
+        file.close()
+
+
+def read_webdataset(shards: list[str]) -> Iterator[Sample]:
+    import webdataset
+
+    for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
+        yield {name: value for name, value in sample.items() if not name.startswith("__")}
+
+
+def prepare_energon(folder: Path) -> Callable[[], Iterator[Sample]] | None:
+    """A reader through Megatron-Energon, or None where it is not installed."""
+    try:
+        from megatron.energon import Cooker, TaskEncoder, WorkerConfig, get_train_dataset, stateless
+        from megatron.energon.epathlib import EPath
+        from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+    except ImportError:
+        return None
+    names = sorted(path.name for path in folder.glob("b-*.tar"))
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        WebdatasetPreparator.prepare_dataset(
+            EPath(str(folder)), names, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=1
+        )
+    (folder / ".nv-meta" / "dataset.yaml").write_text(
+        "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors: {}\n"
+    )
+
+    @stateless
+    def cook(sample: Any) -> Any:
+        return sample
+
+    class Bytes(TaskEncoder):
+        cookers = (Cooker(cook),)
+        decoder = None
+
+    def read() -> Iterator[Sample]:
+        dataset = get_train_dataset(
+            str(folder),
+            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+            batch_size=None,
+            shuffle_buffer_size=None,
+            max_samples_per_sequence=None,
+            shuffle_over_epochs_multiplier=None,
+            parallel_shard_iters=1,
+            repeat=False,
+            task_encoder=Bytes(),
+        )
+        from megatron.energon import get_loader
+
+        for sample in get_loader(dataset):
+            yield {name: value for name, value in sample.items() if not name.startswith("__")}
+
+    return read
+
+
+def decoded(samples: Iterator[Sample], encoder: SampleEncoder, tokenizer: TextTokenizer) -> Iterator[None]:
+    """The same parsing, tokenising, decoding and collation for a peer's samples, packed as they come."""
+    documents, tokens, packs = [], 0, 0
+    for number, sample in enumerate(samples):
+        members = {name: value if name in ("json", "txt") else None for name, value in sample.items()}
+        document, _ = encoder.encode(parse_record(str(number), members), sample.__getitem__)
+        if tokens + len(document.input_ids) > MAX_TOKENS:
+            collate(packs, documents, tokenizer.special, MAX_TOKENS)
+            documents, tokens, packs = [], 0, packs + 1
+        documents.append(document)
+        tokens += len(document.input_ids)
+        yield None
+    collate(packs, documents, tokenizer.special, MAX_TOKENS)
+
+
+if __name__ == "__main__":
+    main()

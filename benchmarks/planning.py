@@ -1,0 +1,166 @@
+"""The plan on simulated lengths: time a sample by data size, fill, resume, imbalance of ranks, time a step of 1,024."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.simulated import SimulatedSource, mixed_sources
+from data_pipelines.config import MediaConfig, PlanConfig
+from data_pipelines.plan.balance import PackCost, imbalance, order_by_cost
+from data_pipelines.plan.mixture import Phase
+from data_pipelines.plan.packer import Item, PoolPacker
+from data_pipelines.plan.planner import Planner
+
+MAX_TOKENS = 16384
+# Diets: median sample at most 1/16 of a pack ("short"), and harder ones.
+DIETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "short": lambda rng, n: rng.lognormal(np.log(400), 0.8, n),
+    "half clips": lambda rng, n: np.where(
+        rng.random(n) < 0.5, rng.uniform(4000, 16384, n), rng.lognormal(np.log(400), 0.8, n)
+    ),
+    "clips of 4k to 16k": lambda rng, n: rng.uniform(4000, 16384, n),
+    "images near one size": lambda rng, n: np.clip(rng.normal(1280, 60, n), 1000, 1300) + rng.integers(20, 200, n),
+}
+# FLOPs of Qwen2-VL-2B from `qwen2vl_train.model.cost.pack_flops` with everything trained.
+MEDIA = MediaConfig(max_pixels=4096 * 784)
+
+
+def new_planner(num_samples: int, packing: str = "pool") -> Planner:
+    sources, weights = mixed_sources(num_samples)
+    return Planner(sources, [Phase(0, tuple(weights))], MEDIA, PlanConfig(packing=packing), seed=0)
+
+
+def planner_us_per_sample(num_samples: int, count: int = 40_000) -> float:
+    """CPU µs a sample, after the tables of the first window were made."""
+    planner = new_planner(num_samples)
+    warm_up(planner)
+    start, done = time.process_time(), 0
+    while done < count:
+        done += len(planner.next_pack().items)
+    return (time.process_time() - start) / done * 1e6
+
+
+def warm_up(planner: Planner) -> None:
+    """Make the simulated tables that the next blocks need, so that only the planner's own work is timed."""
+    state = planner.state_dict()
+    done = 0
+    while done < 40_000:
+        done += len(planner.next_pack().items)
+    planner.load_state_dict(state)
+
+
+def fill_of(lengths: np.ndarray, pool: int = 256) -> np.ndarray:
+    """Fill of each pack of the pool packer."""
+    packer = PoolPacker(MAX_TOKENS, 1 << 40, pool)
+    source = iter([Item(0, 0, 0, 0, int(n), 0) for n in lengths])
+    fills = []
+    try:
+        while True:
+            fills.append(sum(item.tokens for item in packer.next_pack(source)) / MAX_TOKENS)
+    except StopIteration:
+        return np.array(fills)
+
+
+def next_fit(lengths: np.ndarray) -> float:
+    used, packs, room = 0, 1, MAX_TOKENS
+    for n in lengths.tolist():
+        if n > room:
+            packs, room = packs + 1, MAX_TOKENS
+        room -= n
+        used += n
+    return used / (packs * MAX_TOKENS)
+
+
+def first_fit_decreasing(lengths: np.ndarray, window: int) -> float:
+    packs = 0
+    for begin in range(0, len(lengths), window):
+        rooms: list[int] = []
+        for n in sorted(lengths[begin : begin + window].tolist(), reverse=True):
+            place = next((i for i, room in enumerate(rooms) if room >= n), None)
+            if place is None:
+                rooms.append(MAX_TOKENS - n)
+            else:
+                rooms[place] -= n
+        packs += len(rooms)
+    return float(lengths.sum()) / (packs * MAX_TOKENS)
+
+
+def best_fit_offline(lengths: np.ndarray) -> float:
+    """Best fit decreasing over all samples at once: what no online packer can know."""
+    rooms: list[int] = []
+    for n in sorted(lengths.tolist(), reverse=True):
+        place = bisect.bisect_left(rooms, n)
+        room = rooms.pop(place) if place < len(rooms) else MAX_TOKENS
+        bisect.insort(rooms, room - n)
+    return float(lengths.sum()) / (len(rooms) * MAX_TOKENS)
+
+
+def fills() -> dict[str, dict[str, float]]:
+    """Fill by diet: ours, the offline bound, next-fit, first-fit-decreasing."""
+    found = {}
+    for name, diet in DIETS.items():
+        rng = np.random.default_rng(0)
+        lengths = np.clip(diet(rng, 20_000), 8, MAX_TOKENS).astype(int)
+        ours = fill_of(lengths)
+        found[name] = {
+            "ours": float(ours.mean()),
+            "under_98": float((ours < 0.98).mean()),
+            "offline": best_fit_offline(lengths),
+            "next_fit": next_fit(lengths),
+            "ffd_100": first_fit_decreasing(lengths, 100),
+        }
+    return found
+
+
+def resume(num_samples: int) -> tuple[float, int]:
+    """Seconds to continue in the middle of an epoch, and bytes of the state."""
+    planner = new_planner(num_samples)
+    while min(planner.state_dict()["drawn"]) < 500:
+        planner.next_pack()
+    text = json.dumps(planner.state_dict())
+    times = []
+    for _ in range(3):
+        other = new_planner(num_samples)
+        warm_up_first = time.process_time()
+        other.load_state_dict(json.loads(text))
+        other.next_pack()
+        times.append(time.process_time() - warm_up_first)
+    assert other.state_dict()["number"] == planner.state_dict()["number"] + 1
+    return statistics.median(times), len(text)
+
+
+def imbalances(cost: PackCost, ranks: int = 256, steps: int = 4) -> dict[str, float]:
+    """Slowest over mean at 256 ranks by accumulation; "plain 1": in plan order; "balanced 1": packs made to a cost."""
+    planner, found = new_planner(10**7), {}
+    for accumulation in (1, 4, 8, 16):
+        values: dict[str, list[float]] = {"plain": [], "sorted": []}
+        for _ in range(max(1, steps // accumulation)):
+            packs = [planner.next_pack() for _ in range(ranks * accumulation)]
+            for name, ordered in (("plain", packs), ("sorted", order_by_cost(packs, cost))):
+                costs = np.array([cost.pack(pack) for pack in ordered]).reshape(accumulation, ranks)
+                values[name].append(imbalance(costs))
+        found |= {f"{name} {accumulation}": statistics.mean(list_) for name, list_ in values.items()}
+    return found
+
+
+def seconds_per_step(ranks: int = 1024, steps: int = 3) -> float:
+    """CPU seconds to plan one step of one pack a rank."""
+    planner = new_planner(10**8)
+    warm_up(planner)
+    times = []
+    for _ in range(steps):
+        start = time.process_time()
+        for _ in range(ranks):
+            planner.next_pack()
+        planner.state_dict()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+__all__ = ["SimulatedSource", "fills", "imbalances", "planner_us_per_sample", "resume", "seconds_per_step"]
