@@ -11,7 +11,7 @@ import torch
 from qwen2vl_train.training.checkpoint import fault_of
 from tests.distributed.launch import metrics, start_training, train, wait_for_step, workers_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def losses(folder):

@@ -57,7 +57,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm()) if theirs.any() else float(ours.abs().max())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_float32_equals_one_process_in_every_stage_of_zero(tmp_path, ranks):
     out = tmp_path / "cases.pt"
     finished = torchrun(ranks, "tests.distributed.exact_worker", out, "fp32", "0,1,2,3", "1,2,4")
@@ -79,6 +79,7 @@ def test_float32_equals_one_process_in_every_stage_of_zero(tmp_path, ranks):
             assert relative_error(ours["weights"][name], weight) < 1e-5, f"{case}: {name}"
 
 
+@pytest.mark.slow
 def test_bf16_accumulates_and_communicates_gradients_in_float32(tmp_path):
     """Either alone leaves 2e-3. The packs' own gradients are bf16 in both; two ranks add no rounding of their own."""
     out = tmp_path / "cases.pt"

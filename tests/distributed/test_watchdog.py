@@ -37,6 +37,7 @@ def test_a_silent_rank_comes_first():
     assert "rank 2: never sent anything" in describe_stall(beats, {2}, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
@@ -59,6 +60,7 @@ def test_a_hanging_rank_is_named_with_its_activity_samples_and_stack(tmp_path, k
     assert (tmp_path / "main" / "stall.txt").read_text().strip() in finished.stderr
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_rank_ends_the_others_and_is_said_last(tmp_path):
     folder = tmp_path / "run"
     process = start_training(2, folder, steps=99, packs=4, fault={"kind": "raise", "rank": 1, "step": 2})
@@ -71,6 +73,7 @@ def test_an_exception_on_one_rank_ends_the_others_and_is_said_last(tmp_path):
     assert "the cause lies in pack" in log[log.rindex("Root Cause") :]  # torchrun's closing words
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_within_30_s(tmp_path):
     folder = tmp_path / "run"
     process = start_training(2, folder, steps=999, packs=4, step_s=0.1)
