@@ -1,21 +1,25 @@
 """A trained model as an ordinary Qwen2-VL folder: weights, config, tokenizer, preprocessor, chat template.
 
-Enters: full tensors one at a time (collective under ZeRO-3), the configs, the tokenizer. Leaves: a directory that
-transformers loads with no missing and no unexpected key; it appears atomically.
+Enters: full tensors one at a time (collective under ZeRO-3), the configs, the tokenizer. Leaves: a directory in the
+form of the published ones, which transformers 4.45 to 5.x (with no missing and no unexpected key), vLLM and SGLang
+load; it appears atomically.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_pipelines.config import MediaConfig
 from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from data_pipelines.sources.bpe import write_published_settings
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.vision import IMAGE_MEAN, IMAGE_STD
@@ -44,7 +48,8 @@ def export_model(
         aside = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_hf(tensors, aside, config, dtype)
+        pad = Tokenizer.from_file(_tokenizer_file(tokenizer)).token_to_id("<|vision_pad|>")
+        save_hf(tensors, aside, replace(config, vision_token_id=pad), dtype)
         save_processing(aside, tokenizer, media)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -52,8 +57,13 @@ def export_model(
 
 
 def save_processing(folder: Path, tokenizer: TextTokenizer, media: MediaConfig) -> None:
-    """Tokenizer, chat template, generation settings and the image and video preprocessors' settings, as published."""
-    tokenizer.hf.save_pretrained(folder)
+    """Tokenizer, chat template, generation settings and the image and video preprocessors' settings, as published.
+
+    The template is the published one, which `encode.chat` trains on, whatever the tokenizer's folder holds.
+    """
+    # copied, not written anew: counts of text tokens are kept under this file's fingerprint
+    shutil.copyfile(_tokenizer_file(tokenizer), folder / "tokenizer.json")
+    write_published_settings(Tokenizer.from_file(_tokenizer_file(tokenizer)), folder)
     special = tokenizer.special
     write_json(
         folder / "generation_config.json",
@@ -103,3 +113,7 @@ def save_processing(folder: Path, tokenizer: TextTokenizer, media: MediaConfig) 
             "max_frames": media.max_frames,
         },
     )
+
+
+def _tokenizer_file(tokenizer: TextTokenizer) -> str:
+    return str(Path(tokenizer.path) / "tokenizer.json")

@@ -94,11 +94,22 @@ def train_bpe(texts: Iterable[str], out: Path, vocab_size: int = 2048) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.model.save(str(out))  # vocab.json, merges.txt
     tokenizer.save(str(out / "tokenizer.json"))
-    _write_json(out / "special_tokens_map.json", _token_roles())
+    write_published_settings(tokenizer, out)
+
+
+def write_published_settings(tokenizer: Tokenizer, out: Path) -> None:
+    """Write what Qwen2-VL's folders hold beside tokenizer.json, in their form, which transformers 4.45 to 5.x read.
+
+    That is vocab.json, merges.txt, the special tokens' roles, and the chat template where tokenizers (in
+    tokenizer_config.json) and processors (chat_template.json) look for it. transformers 5.x itself saves a form whose
+    `extra_special_tokens` no 4.x reads.
+    """
+    tokenizer.model.save(str(out))  # vocab.json, merges.txt
+    roles = _token_roles(tokenizer)
+    _write_json(out / "special_tokens_map.json", roles)
     _write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    _write_json(out / "tokenizer_config.json", _config(tokenizer))
+    _write_json(out / "tokenizer_config.json", _config(tokenizer, roles))
 
 
 def _untrained() -> Tokenizer:
@@ -116,31 +127,26 @@ def _untrained() -> Tokenizer:
     return tokenizer
 
 
-def _token_roles() -> dict[str, Any]:
+def _token_roles(tokenizer: Tokenizer) -> dict[str, Any]:
+    special = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special]
     return {
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "additional_special_tokens": [token for token in special if token != "<|endoftext|>"],
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
     }
 
 
-def _config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _config(tokenizer: Tokenizer, roles: dict[str, Any]) -> dict[str, Any]:
     """The published tokenizer_config.json with this tokenizer's ids."""
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = {
-        str(tokenizer.token_to_id(token)): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
-        for token in SPECIAL_TOKENS
+        str(number): {flag: getattr(token, flag) for flag in flags}
+        for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     return {
         "add_prefix_space": False,
         "added_tokens_decoder": added,
-        **_token_roles(),
+        **roles,
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,

@@ -90,7 +90,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model. Token ids are the tokenizer's; `initializer_range` is the standard deviation of random weights."""
+    """A whole model. Token ids are the tokenizer's; `initializer_range` is the standard deviation of random weights.
+
+    `vision_token_id` is published but read by nothing here; None leaves it out (a tokenizer without <|vision_pad|>).
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -100,6 +103,7 @@ class ModelConfig:
     eos_token_id: int = 151_645
     vision_start_token_id: int = 151_652
     vision_end_token_id: int = 151_653
+    vision_token_id: int | None = 151_654
     image_token_id: int = 151_655
     video_token_id: int = 151_656
 
@@ -154,7 +158,7 @@ class ModelConfig:
         return {
             "architectures": ["Qwen2VLForConditionalGeneration"],
             "attention_dropout": 0.0,
-            **{name: getattr(self, name) for name in _TOKEN_IDS},
+            **{name: value for name in _TOKEN_IDS if (value := getattr(self, name)) is not None},
             "hidden_act": "silu",
             "initializer_range": self.initializer_range,
             "model_type": "qwen2_vl",
@@ -189,6 +193,7 @@ _TOKEN_IDS = (
     "eos_token_id",
     "vision_start_token_id",
     "vision_end_token_id",
+    "vision_token_id",
     "image_token_id",
     "video_token_id",
 )

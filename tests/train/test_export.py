@@ -1,0 +1,98 @@
+"""The exported folder has the published form, file by file: what loaders of every release look for is there."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from data_pipelines.config import MediaConfig
+from data_pipelines.sources.bpe import CHAT_TEMPLATE, train_bpe
+from data_pipelines.tokenizer import TextTokenizer
+from qwen2vl_train.export import export_model, save_processing
+from qwen2vl_train.model.weights import model_tensors
+from qwen2vl_train.training.world import World
+from tests.model.builders import tiny_model
+
+PUBLISHED_FILES = {
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+
+
+class Alone(World):
+    """A world of one without a process group."""
+
+    def barrier(self):
+        return None
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(["a red dog sits on the green hill", "two birds fly"] * 20, folder, vocab_size=300)
+    return TextTokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "export"
+    model, world = tiny_model(), Alone(0, 1, 0, torch.device("cpu"))
+    export_model(
+        model_tensors(model), model.config, tokenizer, MediaConfig(max_pixels=50_176), folder, torch.bfloat16, world
+    )
+    return folder
+
+
+def test_every_published_file_is_there(exported):
+    assert {path.name for path in exported.iterdir()} >= PUBLISHED_FILES
+
+
+def test_the_pad_of_vision_is_the_tokenizers(exported, tokenizer):
+    wanted = tokenizer.special.vision_end + 1  # the special tokens keep the published order
+    assert read(exported / "config.json")["vision_token_id"] == wanted
+    assert AutoTokenizer.from_pretrained(exported).convert_tokens_to_ids("<|vision_pad|>") == wanted
+    assert AutoConfig.from_pretrained(exported).vision_token_id == wanted
+
+
+def test_tokenizers_and_processors_find_the_published_template_where_they_look(exported):
+    assert read(exported / "chat_template.json") == {"chat_template": CHAT_TEMPLATE}
+    assert read(exported / "tokenizer_config.json")["chat_template"] == CHAT_TEMPLATE
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    told = AutoTokenizer.from_pretrained(exported).apply_chat_template(question, tokenize=False)
+    assert told.endswith("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n")
+
+
+def test_a_tokenizer_saved_by_transformers_5_leaves_in_the_form_that_4_reads(tokenizer, tmp_path):
+    # 5.x writes `extra_special_tokens` as a list, on which 4.45 to 4.57 fail, and no `added_tokens_decoder`
+    tokenizer.hf.save_pretrained(tmp_path / "saved")
+    assert isinstance(read(tmp_path / "saved/tokenizer_config.json")["extra_special_tokens"], list)
+    (tmp_path / "out").mkdir()
+    save_processing(tmp_path / "out", TextTokenizer(tmp_path / "saved"), MediaConfig())
+    settings = read(tmp_path / "out/tokenizer_config.json")
+    assert "extra_special_tokens" not in settings
+    assert len(settings["additional_special_tokens"]) == 13
+    assert settings["added_tokens_decoder"][str(tokenizer.special.im_end)]["content"] == "<|im_end|>"
+    assert settings["tokenizer_class"] == "Qwen2Tokenizer"
+
+
+def test_the_exported_tokenizer_is_the_same_to_an_index(exported, tokenizer):
+    assert TextTokenizer(exported).fingerprint == tokenizer.fingerprint
+
+
+def test_the_published_tokenizers_files_come_out_as_they_went_in(shared_data, tmp_path):
+    save_processing(tmp_path, TextTokenizer(shared_data / "tokenizer"), MediaConfig())
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "vocab.json"):
+        assert read(tmp_path / name) == read(shared_data / "tokenizer" / name), name
+    assert (tmp_path / "merges.txt").read_bytes() == (shared_data / "tokenizer" / "merges.txt").read_bytes()
