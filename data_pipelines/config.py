@@ -97,6 +97,7 @@ class DataConfig:
     """A stage's data: the mixture (name → source), the text template, budgets, packing and workers.
 
     template "plain" writes prompt + answer + <|endoftext|> (Qwen-VL's pretraining form); "chatml" the chat template.
+    `vision_ids` writes "Picture 1: ", "Video 1: " before each media item, as the chat template's `add_vision_id`.
     """
 
     sources: dict[str, SourceConfig]
@@ -104,3 +105,4 @@ class DataConfig:
     media: MediaConfig = field(default_factory=MediaConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    vision_ids: bool = False

@@ -1,8 +1,8 @@
 """The ledger: everything that was dropped, shrunk or cut, counted per dataset and reason, one JSON line each.
 
 Enters: consumed packs with their events. Leaves: counts, and lines {"pack", "dataset", "key", "reason", "message"}
-appended to a file. Costs nothing for packs without events. A resumed run appends: lines of packs that are trained again
-carry the same pack numbers.
+appended to a file; "samples" where a line stands for several. Costs nothing for packs without events. A resumed run
+appends: lines of packs that are trained again carry the same pack numbers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Ledger:
         for pack in packs:
             self.documents.update(pack.datasets)
             for event in pack.events:
-                self.counts[event.dataset, event.reason] += 1
+                self.counts[event.dataset, event.reason] += event.num_samples
                 fields = {"dataset": event.dataset, "key": event.key, "reason": event.reason, "message": event.message}
+                fields |= {"samples": event.num_samples} if event.num_samples != 1 else {}
                 lines.append(json.dumps({"pack": pack.number, **fields}) + "\n")
         if lines and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

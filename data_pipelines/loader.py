@@ -41,7 +41,7 @@ def open_sources(
     Raises:
         ShardError: a pattern that names no shard, or a shard that cannot be read.
     """
-    counting = Counting(tokenizer, config.template)
+    counting = Counting(tokenizer, config.template, config.vision_ids)
     sources = [
         SourceIndex(name, expand_shards(name, source.shards), counting) for name, source in config.sources.items()
     ]
@@ -68,6 +68,7 @@ def _check_error_rate(source: SourceIndex, limit: float) -> None:
         table = source.table(shard)
         kept += int((table.text_tokens >= 0).sum())
         left_out.update(reason for _, reason, _ in table.problems if reason not in LOSSLESS)
+        left_out.update({reason: count for reason, count in table.unlisted.items() if reason not in LOSSLESS})
     lost = left_out.total()
     if lost + kept >= 100 and lost > limit * (lost + kept):
         reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.most_common(5))
@@ -198,6 +199,7 @@ class PackLoader:
         return {
             "seed": self._seed,
             "template": config.template,
+            "vision_ids": config.vision_ids or None,  # absent in states of runs without it
             "tokenizer": self._tokenizer.fingerprint,
             "media": repr(config.media),
             "plan": repr(config.plan),

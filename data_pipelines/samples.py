@@ -159,6 +159,7 @@ class LedgerEvent:
     """Something the user should know of one sample: dropped, shrunk, truncated. `dataset` is the source's name.
 
     `indexed`: known from the index, and told at once for all samples of a shard or block that comes into use.
+    `num_samples`: how many it stands for, where a shard has too many of a kind to name each.
     """
 
     dataset: str
@@ -166,6 +167,7 @@ class LedgerEvent:
     reason: str
     message: str
     indexed: bool = False
+    num_samples: int = 1
 
 
 @dataclass(slots=True)

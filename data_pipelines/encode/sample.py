@@ -23,7 +23,7 @@ from torch import Tensor
 from data_pipelines.config import MediaConfig, Template
 from data_pipelines.decode.image import decode_image, probe_image
 from data_pipelines.decode.members import media_kind
-from data_pipelines.decode.video import ClipDecoder, probe_video
+from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.budget import plan_media
 from data_pipelines.encode.chat import TokenizedText, is_truncatable, tokenize_prompt, tokenize_record
 from data_pipelines.encode.patches import clip_to_patches, image_to_patches, resize_image
@@ -151,6 +151,11 @@ class SampleEncoder:
             self._clips.close()
             self._clips = None
 
+    def _clip_decoder(self) -> ClipDecoder:
+        if self._clips is None:
+            self._clips = ClipDecoder(self.media_config.video_backend, self.media_config.decode_timeout_s)
+        return self._clips
+
     def _facts(
         self, record: Record, read_member: ReadMember, medias: Mapping[str, Media] | None
     ) -> Mapping[str, Media]:
@@ -160,7 +165,8 @@ class SampleEncoder:
         for message in record.messages:
             for part in message.parts:
                 if isinstance(part, MediaRef) and part.name not in facts:
-                    probe = probe_video if (part.kind or media_kind(part.name)) == "video" else probe_image
+                    is_clip = (part.kind or media_kind(part.name)) == "video"
+                    probe = self._clip_decoder().probe if is_clip else probe_image
                     facts[part.name] = probe(read_member(part.name), part.name, record.key)
         return facts
 
@@ -203,9 +209,7 @@ class SampleEncoder:
                     f"{media.name}: frames of {media.width} x {media.height} pixels, over "
                     f"max_source_pixels={config.max_source_pixels}",
                 )
-            if self._clips is None:
-                self._clips = ClipDecoder(config.video_backend, config.decode_timeout_s)
-            return clip_to_patches(self._clips.read(data, media, plan, key))
+            return clip_to_patches(self._clip_decoder().read(data, media, plan, key))
         rgb = decode_image(data, key, config.max_source_pixels)
         if rgb.shape[:2] != (media.height, media.width):
             raise MediaError(

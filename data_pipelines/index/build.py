@@ -13,9 +13,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import data_pipelines
-from data_pipelines.config import Template
+from data_pipelines.config import MediaConfig, Template
+from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.chat import is_truncatable, tokenize_record
 from data_pipelines.errors import DataError, ShardError
 from data_pipelines.index.read import media_refs, probe_media, read_record, with_media
@@ -52,6 +54,7 @@ class Counting:
 
     tokenizer: TextTokenizer
     template: Template
+    vision_ids: bool = False
 
     @cached_property
     def name(self) -> str:
@@ -64,7 +67,8 @@ class Counting:
         for pattern in _COUNTED_BY:
             for path in sorted(folder.glob(pattern)):
                 digest.update(path.read_bytes())
-        return f"{self.template}-{self.tokenizer.fingerprint}-{digest.hexdigest()}"
+        numbered = "-ids" if self.vision_ids else ""
+        return f"{self.template}{numbered}-{self.tokenizer.fingerprint}-{digest.hexdigest()}"
 
 
 def load_index(shard: str) -> ShardIndex:
@@ -143,14 +147,19 @@ def _build(shard: str, counting: Counting | None) -> ShardError | None:
 
 
 def _build_index(file: ShardFile) -> Built:
-    """Scan, parse and measure one shard."""
+    """Scan, parse and measure one shard; a clip that exceeds the decoders' deadline costs its sample alone."""
+    with closing(ClipDecoder(timeout_s=MediaConfig.decode_timeout_s)) as clips:
+        return _index_samples(file, clips)
+
+
+def _index_samples(file: ShardFile, clips: ClipDecoder) -> Built:
     scan = scan_tar(file)
     problems: list[DataError] = list(scan.problems)
     rows = []
     for sample in scan.samples:
         try:
             record = read_record(sample.key, sample.members, file)
-            facts = probe_media(record, sample.members, file)
+            facts = probe_media(record, sample.members, file, clips)
             record = with_media(record, facts)
         except DataError as error:
             problems.append(error)
@@ -158,7 +167,7 @@ def _build_index(file: ShardFile) -> Built:
         medias = [(facts[ref.name], ref) for ref in media_refs(record)]
         rows.append(IndexRow(sample.key, record.task, sample.members, medias))
     arrays, meta = index_columns(rows)
-    return arrays, {**meta, "problems": _listed(problems)}
+    return arrays, {**meta, **_listed(problems)}
 
 
 def _count_text(file: ShardFile, index: ShardIndex, counting: Counting) -> Built:
@@ -171,21 +180,21 @@ def _count_text(file: ShardFile, index: ShardIndex, counting: Counting) -> Built
         facts = {media.name: media for media, _ in index.media(row)}
         try:
             record = with_media(read_record(key, index.members(row), file), facts)
-            tokenized = tokenize_record(record, counting.tokenizer, counting.template, facts)
+            tokenized = tokenize_record(record, counting.tokenizer, counting.template, facts, counting.vision_ids)
             tokens[row] = tokenized.text_tokens
             truncatable[row] = is_truncatable(record)
         except DataError as error:
             problems.append(error)
-    return {"tokens": tokens, "truncatable": truncatable}, {"problems": _listed(problems)}
+    return {"tokens": tokens, "truncatable": truncatable}, _listed(problems)
 
 
-def _listed(problems: Sequence[DataError]) -> list[tuple[str, str, str]]:
-    """Problems as stored: bounded, because a shard of a million bad samples needs no million sentences."""
+def _listed(problems: Sequence[DataError]) -> dict[str, Any]:
+    """Problems as stored: counts are exact, the list is bounded (a million bad samples need no million sentences)."""
     listed = [(problem.key, problem.reason, problem.message) for problem in problems[:MAX_LISTED_PROBLEMS]]
-    if len(problems) > MAX_LISTED_PROBLEMS:
-        rest = len(problems) - MAX_LISTED_PROBLEMS
-        listed.append((problems[-1].key, "more_problems", f"and {rest} more problems in this shard"))
-    return listed
+    return {
+        "problems": listed,
+        "unlisted": dict(Counter(problem.reason for problem in problems[MAX_LISTED_PROBLEMS:])),
+    }
 
 
 @contextmanager

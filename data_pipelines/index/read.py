@@ -15,7 +15,7 @@ from data_pipelines.decode.image import probe_image
 from data_pipelines.decode.members import extension
 from data_pipelines.decode.record import parse_record
 from data_pipelines.decode.regions import check_bounds
-from data_pipelines.decode.video import probe_video
+from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import MediaError, RecordError
 from data_pipelines.samples import Media, MediaRef, Record
 from data_pipelines.shards.storage import ShardFile
@@ -75,8 +75,10 @@ def with_media(record: Record, media: Mapping[str, Media]) -> Record:
     return check_bounds(replace(record, media=dict(media)), media)
 
 
-def probe_media(record: Record, members: Mapping[str, Member], file: ShardFile) -> dict[str, Media]:
+def probe_media(record: Record, members: Mapping[str, Member], file: ShardFile, clips: ClipDecoder) -> dict[str, Media]:
     """The facts of every media member of `record`: from its JSON where complete, else from the member's header.
+
+    Clips are opened by `clips`, in a process of their own and under its deadline: decoders hang on damaged headers.
 
     Raises:
         MediaError: an empty member or one whose header cannot be read.
@@ -91,7 +93,7 @@ def probe_media(record: Record, members: Mapping[str, Member], file: ShardFile) 
         stated = record.media.get(ref.name)
         if stated is None or (stated.kind == "video" and not (stated.duration_s or stated.fps)):
             data = read_member(record.key, ref.name, member, file)
-            probe = probe_video if ref.kind == "video" else probe_image
+            probe = clips.probe if ref.kind == "video" else probe_image
             stated = probe(data, ref.name, record.key)
         facts[ref.name] = stated
     return facts

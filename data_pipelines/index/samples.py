@@ -20,7 +20,7 @@ from data_pipelines.index.table import Array, Columns, text_column
 from data_pipelines.samples import Media, MediaRef
 from data_pipelines.shards.tar import Member
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("image", "video")
 
 
@@ -38,7 +38,7 @@ class ShardIndex:
     """The samples of one shard, read from its mapped index. Row numbers count usable samples in tar order.
 
     Attributes: `num_samples` n; `fingerprint` of which samples stand in which rows (a text column belongs to one);
-    `problems` [(key, reason, message)] of what was left out and why.
+    `problems` [(key, reason, message)] of what was left out and why; `unlisted` counts by reason those beyond the list.
     """
 
     def __init__(self, columns: Columns) -> None:
@@ -47,6 +47,7 @@ class ShardIndex:
         self.num_samples: int = columns.meta["num_samples"]
         self.fingerprint: str = columns.meta["rows"]
         self.problems: list[tuple[str, str, str]] = [tuple(problem) for problem in columns.meta["problems"]]
+        self.unlisted: dict[str, int] = columns.meta["unlisted"]
         self._names: list[str] = columns.meta["names"]
         self._tasks: list[str] = columns.meta["tasks"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ MAX_OPEN_TABLES = 256
 
 @dataclass(frozen=True, slots=True)
 class ShardTable:
-    """One shard's samples: `index`, `text_tokens` int32 [n] (-1: not usable), `problems` of both.
+    """One shard's samples: `index`, `text_tokens` int32 [n] (-1: not usable), `problems` and `unlisted` of both.
 
     `truncatable` uint8 [n] is 1 where a text may be shortened at its end to fit a pack.
     """
@@ -34,6 +34,7 @@ class ShardTable:
     text_tokens: Array
     truncatable: Array
     problems: tuple[tuple[str, str, str], ...]
+    unlisted: Counter[str]
 
 
 class SourceIndex:
@@ -80,8 +81,9 @@ class SourceIndex:
             index = load_index(path)
             text = load_text_tokens(path, index, self.counting)
             listed = [*index.problems, *(tuple(problem) for problem in text.meta["problems"])]
+            unlisted = Counter(index.unlisted) + Counter(text.meta["unlisted"])
             table = self._tables[shard] = ShardTable(
-                index, text.arrays["tokens"], text.arrays["truncatable"], tuple(listed)
+                index, text.arrays["tokens"], text.arrays["truncatable"], tuple(listed), unlisted
             )
             if len(self._tables) > MAX_OPEN_TABLES:
                 self._tables.popitem(last=False)

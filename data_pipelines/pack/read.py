@@ -35,7 +35,9 @@ class PackReader(Dataset[PackedBatch]):
         self.watch = watch
         self._special = tokenizer.special
         self._max_tokens = config.plan.max_tokens
-        self._encoder = SampleEncoder(tokenizer, config.template, config.media, config.plan.max_tokens)
+        self._encoder = SampleEncoder(
+            tokenizer, config.template, config.media, config.plan.max_tokens, config.vision_ids
+        )
 
     def __getitem__(self, pack: Pack) -> PackedBatch:
         """The batch of `pack`; its `skipped` samples are left out and reported."""

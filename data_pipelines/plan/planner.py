@@ -222,11 +222,19 @@ class _Cursor:
     def _report_shards(self, shards: Sequence[int]) -> None:
         """Tell, once an epoch, what the index left out of the shards that come into use."""
         for shard in shards:
-            for key, reason, message in self._source.table(shard).problems:
-                self._events.append(LedgerEvent(self._source.name, key, reason, message, indexed=True))
+            table, name = self._source.table(shard), self._source.name
+            for key, reason, message in table.problems:
+                self._events.append(LedgerEvent(name, key, reason, message, indexed=True))
+            for reason, count in table.unlisted.items():
+                message = f"{count} more samples, not listed one by one"
+                event = LedgerEvent(name, self._source.shards[shard], reason, message, indexed=True, num_samples=count)
+                self._events.append(event)
 
     def _nothing_usable(self) -> ShardError:
-        reasons = Counter(event.reason for event in self._events if event.dataset == self._source.name)
+        reasons = Counter[str]()
+        for event in self._events:
+            if event.dataset == self._source.name:
+                reasons[event.reason] += event.num_samples
         listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5)) or "the shards are empty"
         example = next((event.message for event in self._events if event.dataset == self._source.name), "")
         message = f"source {self._source.name!r} has no usable sample: {listed}. {example}"

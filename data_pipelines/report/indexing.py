@@ -90,6 +90,7 @@ def survey_shards(shards: list[str], counting: Counting | None, media: MediaConf
         _count_index(survey, index)
         for problem in table.problems if table is not None else index.problems:
             survey.tell(*problem)
+        survey.problems.update(table.unlisted if table is not None else index.unlisted)
         if table is not None and index.num_samples:
             lengths, events = sample_lengths("index", table, np.arange(index.num_samples), media, plan)
             survey.lengths.append(lengths.tokens[lengths.tokens > 0])

@@ -90,7 +90,7 @@ def evaluate(
     model = Qwen2VL(ModelConfig.from_hf(model_folder))
     load_hf(model, model_folder)
     model.to(world.device).eval()
-    encoder = SampleEncoder(tokenizer, data.template, data.media, data.plan.max_tokens)
+    encoder = SampleEncoder(tokenizer, data.template, data.media, data.plan.max_tokens, data.vision_ids)
     report = Report({}, {}, [])
     for number, (task, shards) in enumerate(heldout.items()):
         mine = _score_task(model, encoder, task, shards, config, world)
@@ -112,7 +112,7 @@ def _score_task(
 ) -> list[Answer]:
     """This rank's share of one task (every world-th record), generated in batches."""
     paths = expand_shards(f"data.heldout.{task}", (shards,))
-    source = SourceIndex(task, paths, Counting(encoder.tokenizer, encoder.template))
+    source = SourceIndex(task, paths, Counting(encoder.tokenizer, encoder.template, encoder.vision_ids))
     questions = []
     answers: list[Answer] = []
     for _, record, media, read in islice(source.records(), world.rank, config.max_samples, world.size):

@@ -103,7 +103,7 @@ class Window:
             self.documents.update(self._names[dataset] for dataset in pack.datasets)
             for event in pack.events:
                 counter = self.changed if event.reason in LOSSLESS else self.lost
-                counter[f"{event.dataset}/{event.reason}"] += 1
+                counter[f"{event.dataset}/{event.reason}"] += event.num_samples
                 self.failed[event.dataset] += counter is self.lost and not event.indexed
 
     def seconds(self) -> float:

@@ -1,8 +1,10 @@
 """The side index: what it keeps, when it is stale, what a bad sample costs."""
 
 import io
+import json
 import os
 import shutil
+import subprocess
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.errors import MediaError, ShardError
 from data_pipelines.index import build
 from data_pipelines.index.build import Counting, build_missing, load_index
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.index.table import ColumnError, Columns, text_column, write_columns
-from data_pipelines.loader import open_sources
+from data_pipelines.ledger import Ledger
+from data_pipelines.loader import new_planner, open_sources
+from data_pipelines.pack.read import PackReader
 from data_pipelines.samples import Media, MediaRef
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.shards.writer import ShardWriter
@@ -88,6 +93,58 @@ def test_media_stand_in_document_order_with_their_limits(source):
 def test_a_bad_record_is_listed_and_costs_nothing_else(source):
     assert [(key, reason) for key, reason, _ in source.table(0).problems] == [("a/2", "bad_field")]
     assert source.table(0).index.num_samples == 2
+
+
+def test_counts_of_problems_are_exact_where_their_list_is_cut(tmp_path, tiny, counting, monkeypatch):
+    monkeypatch.setattr(build, "MAX_LISTED_PROBLEMS", 3)
+    with ShardWriter(tmp_path, "s") as writer:
+        for number in range(6):
+            writer.write(f"a{number}", {"caption": "no picture"}, {})
+        for number in range(4):
+            writer.write(f"b{number}", {"messages": "none"}, {})
+        writer.write("c", {"text": "a dog"}, {})
+    source = SourceIndex("s", expand_shards("s", [f"{tmp_path}/s-*.tar"]), counting)
+    table = source.table(0)
+    assert [key for key, *_ in table.problems] == ["a0", "a1", "a2"]
+    assert table.unlisted == {"no_media": 3, "bad_field": 4}
+    config = DataConfig({"s": SourceConfig((f"{tmp_path}/s-*.tar",))}, plan=PlanConfig(max_tokens=64))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    planner = new_planner(config, [source], seed=0)
+    reader = PackReader([source], config, tiny.tokenizer)
+    ledger.add([reader[planner.next_pack()]])
+    reader.close()
+    # 10 samples were left out in every epoch that the pack opened
+    epochs = ledger.counts["s", "no_media"] // 6
+    assert ledger.counts == {("s", "no_media"): 6 * epochs, ("s", "bad_field"): 4 * epochs}
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert sum(line.get("samples", 1) for line in lines) == 10 * epochs
+    assert len(lines) == 5 * epochs
+
+
+def test_too_many_problems_refuse_a_source_though_few_are_listed(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(build, "MAX_LISTED_PROBLEMS", 3)
+    with ShardWriter(tmp_path, "s") as writer:
+        for number in range(100):
+            writer.write(f"{number}", {"caption": "no picture"} if number % 10 == 0 else {"text": "a dog"}, {})
+    config = DataConfig({"s": SourceConfig((f"{tmp_path}/s-*.tar",))})
+    with pytest.raises(
+        ShardError, match=r"10 of 100 samples cannot be used, over max_error_rate 0.05: no_media \(10\)"
+    ):
+        open_sources(config, tiny.tokenizer)
+
+
+def test_a_clip_that_hangs_its_decoder_costs_its_sample_alone(tmp_path, monkeypatch):
+    endless = "import socket, sys\nc = socket.socket(fileno=int(sys.argv[-1]))\nc.sendall(b'{}\\n')\nwhile True: pass"
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda c, **rest: real([c[0], "-c", endless, c[-1]], **rest))
+    monkeypatch.setattr(MediaConfig, "decode_timeout_s", 0.3)
+    with ShardWriter(tmp_path, "s") as writer:
+        writer.write("1", {"caption": "a dog"}, {"0.png": png(30, 20)})
+        writer.write("2", {"caption": "a dog"}, {"0.mp4": b"\0\0\0\x18ftypmp42" + bytes(100)})
+        writer.write("3", {"caption": "a dog"}, {"0.png": png(30, 20)})
+    index = load_index(f"{tmp_path}/s-00000.tar")
+    assert [index.key(row) for row in range(index.num_samples)] == ["1", "3"]
+    assert [(key, reason) for key, reason, _ in index.problems] == [("2", "decode_timeout")]
 
 
 def test_samples_are_read_through_the_index(source, tiny):

@@ -1,6 +1,7 @@
 """The whole data way: the same packs for every world and worker count, exact resume, failures that stay small."""
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipelines.config import SourceConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
@@ -58,6 +60,36 @@ def test_the_packs_of_a_step_do_not_depend_on_world_and_workers(tiny, reference,
     for step in range(STEPS):
         # slot m of rank r is pack m * world + r of the step
         assert [ranks[p % world][step][p // world] for p in range(PACKS)] == reference[step]
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_picture_numbers_are_planned_as_they_are_encoded(tiny, tmp_path, template):
+    user = [{"type": "image", "image": name} for name in ("0.png", "1.png")] + [{"type": "text", "text": "two birds"}]
+    data = [_png(60, 40), _png(50, 90)]
+    with ShardWriter(tmp_path, "s") as writer:
+        for number in range(6):
+            turns = [{"role": "user", "content": user}, {"role": "assistant", "content": "a dog"}]
+            writer.write(f"{number}", {"messages": turns}, {"0.png": data[0], "1.png": data[1]})
+    config = replace(tiny.config(), sources={"s": SourceConfig((f"{tmp_path}/*.tar",))}, template=template)
+    lengths = {}
+    for numbered in (False, True):
+        config = replace(config, vision_ids=numbered)
+        instance = PackLoader(config, tiny.tokenizer, 1, 0, 1, 0)
+        batch = next(iter(instance))[0]
+        instance.close()
+        assert batch.events == ()  # a count other than planned would be one
+        first = batch.input_ids[: batch.cu_seqlens[1]].tolist()
+        lengths[numbered] = len(first)
+        words = tiny.tokenizer.decode([token for token in first if token < tiny.tokenizer.special.endoftext])
+        assert ("Picture 1: " in words, "Picture 2: " in words, "Picture 3: " in words) == (numbered, numbered, False)
+    extra = sum(len(tiny.tokenizer.encode(f"Picture {number}: ")) for number in (1, 2))
+    assert abs(lengths[True] - lengths[False] - extra) <= 1  # "user\n" and "Picture" share a run of text
+
+
+def _png(width, height):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_packs_are_numbered_in_plan_order(reference):
