@@ -81,8 +81,9 @@ class StageConfig:
     """One stage: what trains, on what, for how long.
 
     `packs_per_step` is the global batch: packs per optimizer step over all ranks and micro-steps; it must be a multiple
-    of the world size. `init_from`: "previous" (the export of the stage before), "scratch" (seeded random weights), or
-    the path of a Hugging Face folder. `evaluate` scores the held-out sets at the stage's end.
+    of the world size (of its groups under `engine.sequence_parallel`). `init_from`: "previous" (the export of the stage
+    before), "scratch" (seeded random weights), or the path of a Hugging Face folder. `evaluate` scores the held-out
+    sets at the stage's end.
     """
 
     trainable: tuple[Part, ...]
@@ -112,7 +113,8 @@ class StageConfig:
 class EngineConfig:
     """DeepSpeed's part. Sizes count elements; offload keeps optimizer state (or parameters too) in host memory.
 
-    `timeout_s` bounds every collective: ranks that wait longer for another one end the run.
+    `timeout_s` bounds every collective: ranks that wait longer for another one end the run. `sequence_parallel`
+    neighbouring ranks share one pack; it divides the number of ranks and the decoder's attention heads.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -125,8 +127,10 @@ class EngineConfig:
     max_live_parameters: int = 1_000_000_000
     overlap_comm: bool = True
     timeout_s: float = 1800.0
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
+        _at_least(1, sequence_parallel=self.sequence_parallel)
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"offload_parameters=true needs zero_stage=3, not {self.zero_stage}")
         if self.offload_optimizer and self.zero_stage == 0:

@@ -2,6 +2,7 @@
 
 Enters: queries [T, H, d], keys and values [T, G, d] (G key/value heads, G divides H) and the borders of the segments
 (documents of the decoder, temporal steps of the vision transformer). Leaves: [T, H, d]. Nothing is padded.
+Where several ranks share a pack, T counts this rank's tokens and the borders are the whole pack's (`sharing.py`).
 
 - `reference`: exact, any device and dtype: scaled_dot_product_attention per segment; neighbouring segments of equal
   length share one batched call. Reads the lengths on the host.
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qwen2vl_train.model.sharing import Sharing
+
 Backend = Literal["auto", "varlen", "reference"]
 
 FLASH_HEAD_MULTIPLE = 8
@@ -37,11 +40,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where attention may look. `runs` is None for the varlen backend, which reads `cu_seqlens` on the device."""
+    """Where attention may look. `runs` is None for the varlen backend, which reads `cu_seqlens` on the device.
+
+    `sharing` is set where this rank holds a slice of the pack's tokens.
+    """
 
     cu_seqlens: Tensor
     max_seqlen: int
     runs: tuple[Run, ...] | None
+    sharing: Sharing | None = None
 
 
 def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Literal["varlen", "reference"]:
@@ -56,17 +63,28 @@ def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) 
 
 
 def make_segments(
-    cu_seqlens: Tensor, max_seqlen: int, backend: Literal["varlen", "reference"], lengths: Sequence[int] | None = None
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: Literal["varlen", "reference"],
+    lengths: Sequence[int] | None = None,
+    sharing: Sharing | None = None,
 ) -> Segments:
     """Prepare the borders once for all layers. cu_seqlens int32 [D + 1]; `lengths` saves reading them where known."""
     if backend == "varlen":
-        return Segments(cu_seqlens, max_seqlen, None)
+        return Segments(cu_seqlens, max_seqlen, None, sharing)
     known = cu_seqlens.diff().tolist() if lengths is None else lengths
-    return Segments(cu_seqlens, max_seqlen, tuple(_runs(known)))
+    return Segments(cu_seqlens, max_seqlen, tuple(_runs(known)), sharing)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
     """Softmax attention inside each segment; query [T, H, d], key and value [T, G, d] -> [T, H, d]."""
+    if segments.sharing is None:
+        return _attend_locally(query, key, value, segments, causal)
+    query, key, value = segments.sharing.to_heads(query, key, value)
+    return segments.sharing.to_tokens(_attend_locally(query, key, value, segments, causal))
+
+
+def _attend_locally(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
     if segments.runs is None:
         return _varlen(query, key, value, segments, causal)
     mixed: Tensor = _reference(query, key, value, segments.runs, causal)

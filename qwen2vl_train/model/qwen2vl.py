@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_pipelines.pack.slice import PackSlice
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.model.attention import Backend, Segments, make_segments, resolve_backend
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.head import LossOutput, linear_cross_entropy
 from qwen2vl_train.model.language import Decoder, LayerCache
+from qwen2vl_train.model.sharing import Exchange, Sharing
 from qwen2vl_train.model.vision import Patches, VisionTransformer
 
 
@@ -50,6 +52,7 @@ class LanguageHead(nn.Module):
 class Qwen2VL(nn.Module):
     """The whole model. `*_checkpointing` n recomputes every n-th block in the backward pass (0: none, 1: every block).
 
+    `exchange` joins the ranks that share a pack: with it, `forward` takes a `PackSlice`, too, for its own loss.
     Weights are uninitialised until `weights.initialise` or a loader fills them.
     """
 
@@ -59,9 +62,11 @@ class Qwen2VL(nn.Module):
         attention: Backend = "auto",
         vision_checkpointing: int = 0,
         text_checkpointing: int = 0,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.exchange = exchange
         self.attention: Backend = attention
         self.visual = VisionTransformer(config.vision, config.text.hidden_size, vision_checkpointing)
         self.model = Decoder(config.text, text_checkpointing)
@@ -102,14 +107,23 @@ class Qwen2VL(nn.Module):
         embeddings = self.model.embed_tokens(batch.input_ids)
         backend = resolve_backend(self.attention, embeddings.device, embeddings.dtype)
         features = self.visual(self._patches(batch, backend))
+        sharing = self._sharing(batch)
         if batch.dummy_vision:
             # no media here, yet every rank runs the ViT; nothing of the dummy image reaches the decoder
             embeddings = embeddings + 0.0 * features.sum()
         else:
+            if sharing is not None:
+                features = sharing.deliver(features)
             embeddings = embeddings.index_copy(0, batch.vision_index, features.to(embeddings.dtype))
-        segments = make_segments(batch.cu_seqlens, batch.max_seqlen, backend)
+        segments = make_segments(batch.cu_seqlens, batch.max_seqlen, backend, sharing=sharing)
         hidden: Tensor = self.model(embeddings, batch.position_ids, segments, caches)
         return hidden
+
+    def _sharing(self, batch: PackedBatch) -> Sharing | None:
+        if not isinstance(batch, PackSlice):
+            return None
+        assert self.exchange is not None
+        return Sharing(self.exchange, batch)
 
     def _continue(self, request: LogitsRequest) -> Tensor:
         """Hidden states [D, hidden] of one new token per document; what came before lies in the caches."""

@@ -7,6 +7,7 @@ stage's figures. The loop is `Trainer.fit`; everything it calls per step is in `
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qwen2vl_train.training.journal import Journal
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.optim import parameter_groups
 from qwen2vl_train.training.schedule import rate_factor
+from qwen2vl_train.training.sequence import SequenceGroup
 from qwen2vl_train.training.step import train_step
 from qwen2vl_train.training.stopping import Preempted, StopRequest
 from qwen2vl_train.training.watchdog import Watchdog
@@ -59,12 +61,16 @@ class Trainer:
         self._resume_from = resume
         self._folder = Path(run.run_dir) / stage_name
         self._tokenizer = TextTokenizer(run.data.tokenizer)
-        if self._stage.packs_per_step % world.size:
+        share = run.engine.sequence_parallel
+        self._sequence = SequenceGroup.form(world, share, model_config.text.num_attention_heads, run.engine.timeout_s)
+        groups = self._sequence.data_size
+        if self._stage.packs_per_step % groups:
             raise ConfigError(
                 f"stages.{stage_name}.packs_per_step={self._stage.packs_per_step} is not a multiple of the world size "
-                f"{world.size}: each rank takes the same number of packs; choose a multiple, or another number of ranks"
+                f"{world.size}{f' / engine.sequence_parallel={share}' if share > 1 else ''}: each rank takes the same "
+                "number of packs; choose a multiple, or another number of ranks"
             )
-        self._accumulation = self._stage.packs_per_step // world.size
+        self._accumulation = self._stage.packs_per_step // groups
 
     def fit(self) -> Progress:
         """Train to the stage's last step, resuming where the newest checkpoint left, and export. Collective.
@@ -75,8 +81,8 @@ class Trainer:
         run = self._run
         engine = self._build_engine()
         loader = PackLoader(
-            self._stage.data, self._tokenizer, self._stage.packs_per_step, self._world.rank, self._world.size, run.seed,
-            pin_memory=self._world.device.type == "cuda",
+            self._stage.data, self._tokenizer, self._stage.packs_per_step, self._sequence.data_rank,
+            self._sequence.data_size, run.seed, pin_memory=self._sequence.pin_memory,
         )  # fmt: skip
         store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._monitor.warn)
         progress = self._resume(store, engine, loader)
@@ -102,19 +108,21 @@ class Trainer:
         guard = Guard(run.guard, self._folder, world)
         engine.train()
         self._monitor.start_progress(f"{self._name:>10}", stage.steps, progress.step)
-        packs_of_steps = iter(loader)
+        # rank 0 always reads, and its loader's state is the one that is saved
+        packs_of_steps = iter(loader) if self._sequence.reads else repeat([])
         with StopRequest() as stop, Watchdog(run.watchdog, world, self._folder) as watchdog:
             for step in range(progress.step, stage.steps):
                 watchdog.note(f"waiting for the packs of step {step + 1}")
                 packs = journal.window.timed_next(packs_of_steps)
                 engine.set_rates(rate_factor(step, stage.steps, stage.schedule))
+                mine = self._sequence.deal(packs)
                 watchdog.note(f"counting the labels of step {step + 1}")
-                result = train_step(engine, packs, journal.totals, world, stop.requested, watchdog.note_pack)
+                result = train_step(engine, mine, journal.totals, world, stop.requested, watchdog.note_pack)
                 journal.count(packs)
                 ledger.add(packs)
                 progress.step = step + 1
                 watchdog.note(f"bookkeeping of step {progress.step}")
-                guard.check(result, packs, progress)
+                guard.check(result, mine, progress)
                 done = progress.step == stage.steps
                 save = done or result.stop or (run.checkpoint.every and progress.step % run.checkpoint.every == 0)
                 if save or progress.step % run.monitor.log_every == 0 or progress.step == 1:
@@ -138,8 +146,9 @@ class Trainer:
         settings = self._run.model
         with building(self._run.engine, self._world):
             model = Qwen2VL(
-                self._model_config, settings.attention, settings.vision_checkpointing, settings.text_checkpointing
-            )
+                self._model_config, settings.attention, settings.vision_checkpointing, settings.text_checkpointing,
+                self._sequence.exchange,
+            )  # fmt: skip
         if self._init is None:
             initialise(model, self._run.seed, rank=self._world.rank)
         else:
