@@ -11,6 +11,7 @@ from collections.abc import Sequence
 OCR = "OCR with grounding:"
 READ = "OCR:"
 TEXT_PLACES = "Find the text in the picture:"
+OBJECT_PLACES = "Find the objects in the picture:"
 OBJECTS = "List the objects in the picture with grounding:"
 THIS = "This"
 IS = " is"

@@ -1,21 +1,26 @@
 """The short record forms → messages: a caption with boxes or quads, or a plain text.
 
     {"caption": "a dog and a cat", "boxes": [{"phrase": "a dog", "box": [x1, y1, x2, y2]}], "quads": [{"text", "quad"}]}
+    {"caption": "a street", "boxes": [[x1, y1, x2, y2], ...], "quads": [[x1, y1, ..., x4, y4], ...]}
     {"text": "..."}
 
 A caption becomes a question and its answer; boxes a second turn, quads a third, so that one pass over the picture
-teaches all of them. "label" and "bbox" (corners, never width and height) are read as "phrase" and "box".
+teaches all of them. "label" and "bbox" (corners, never width and height) are read as "phrase" and "box". Bare boxes or
+quads say that something lies there, not what: then the places alone are asked for. All of a list are named, or none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipelines.decode import prompts
 from data_pipelines.decode.fields import fail, known_fields, mapping, sequence, text
 from data_pipelines.decode.members import media_kind
-from data_pipelines.decode.regions import Box, read_box, read_quad
+from data_pipelines.decode.regions import Box, Quad, read_box, read_quad
+
+Place = TypeVar("Place", Box, Quad)
+Named = tuple[str | None, Place]
 
 _BOX_FIELDS = ("phrase", "label", "text", "box", "bbox", "bbox_xyxy", "score")
 _QUAD_FIELDS = ("phrase", "text", "quad")
@@ -42,14 +47,11 @@ def expand_short_form(key: str, data: dict[str, Any], names: Sequence[str]) -> t
         caption = text(key, "caption", data["caption"])
         asked = prompts.video_caption(caption) if media_kind(name) == "video" else prompts.caption(caption)
         turns.append((asked, [{"type": "text", "text": caption}]))
-        if boxes:
-            turns.append(ground(caption, boxes))
-            task = "grounded_caption"
-    elif boxes:
-        turns.append((prompts.OBJECTS, list_objects(boxes)))
+    if boxes:
+        turns.append(_box_turn(data.get("caption"), boxes))
         task = "grounded_caption"
     if quads:
-        turns.append((prompts.OCR, [{"type": "region", "phrase": words, "quads": [quad]} for words, quad in quads]))
+        turns.append(_quad_turn(quads))
         task = task if len(turns) > 1 else "ocr"
     if not turns:
         fail(key, forms[0], data[forms[0]], "is empty and there is no caption: nothing to learn", "empty_text")
@@ -94,6 +96,19 @@ def list_objects(boxes: Sequence[tuple[str, Box]]) -> list[dict[str, Any]]:
     return parts
 
 
+def _box_turn(caption: str | None, boxes: Sequence[Named[Box]]) -> tuple[str, list[dict[str, Any]]]:
+    named = [(phrase, box) for phrase, box in boxes if phrase is not None]
+    if not named:
+        return prompts.OBJECT_PLACES, [{"type": "region", "boxes": [list(box) for _, box in boxes]}]
+    return (prompts.OBJECTS, list_objects(named)) if caption is None else ground(caption, named)
+
+
+def _quad_turn(quads: Sequence[Named[Quad]]) -> tuple[str, list[dict[str, Any]]]:
+    if quads[0][0] is None:
+        return prompts.TEXT_PLACES, [{"type": "region", "quads": [list(quad) for _, quad in quads]}]
+    return prompts.OCR, [{"type": "region", "phrase": words, "quads": [list(quad)]} for words, quad in quads]
+
+
 def _group(boxes: Sequence[tuple[str, Box]]) -> dict[str, list[Box]]:
     grouped: dict[str, list[Box]] = {}
     for phrase, box in boxes:
@@ -132,27 +147,41 @@ def _only_media(key: str, data: dict[str, Any], names: Sequence[str]) -> str:
     return names[0]
 
 
-def _read_boxes(key: str, value: object) -> list[tuple[str, Box]]:
-    boxes = []
+def _read_boxes(key: str, value: object) -> list[Named[Box]]:
+    boxes: list[Named[Box]] = []
     for i, entry in enumerate(sequence(key, "boxes", value if value is not None else [])):
+        if isinstance(entry, list):
+            boxes.append((None, read_box(key, f"boxes[{i}]", entry)))
+            continue
         fields = mapping(key, f"boxes[{i}]", entry)
         known_fields(key, f"boxes[{i}]", fields, _BOX_FIELDS)
         phrase, phrase_field = _first(fields, ("phrase", "label", "text"))
         box, box_field = _first(fields, ("box", "bbox", "bbox_xyxy"))
         words = text(key, f"boxes[{i}].{phrase_field}", phrase)
         boxes.append((words, read_box(key, f"boxes[{i}].{box_field}", box)))
-    return boxes
+    return _all_or_none_named(key, "boxes", boxes)
 
 
-def _read_quads(key: str, value: object) -> list[tuple[str, list[float]]]:
-    quads = []
+def _read_quads(key: str, value: object) -> list[Named[Quad]]:
+    quads: list[Named[Quad]] = []
     for i, entry in enumerate(sequence(key, "quads", value if value is not None else [])):
+        if isinstance(entry, list):
+            quads.append((None, read_quad(key, f"quads[{i}]", entry)))
+            continue
         fields = mapping(key, f"quads[{i}]", entry)
         known_fields(key, f"quads[{i}]", fields, _QUAD_FIELDS)
         words, field = _first(fields, ("phrase", "text"))
         quad = read_quad(key, f"quads[{i}].quad", fields.get("quad"))
-        quads.append((text(key, f"quads[{i}].{field}", words), list(quad)))
-    return quads
+        quads.append((text(key, f"quads[{i}].{field}", words), quad))
+    return _all_or_none_named(key, "quads", quads)
+
+
+def _all_or_none_named(key: str, field: str, places: list[Named[Place]]) -> list[Named[Place]]:
+    """The places, if all have a phrase or none has: an answer that names some things only would be wrong."""
+    bare = [i for i, (phrase, _) in enumerate(places) if phrase is None]
+    if bare and len(bare) < len(places):
+        fail(key, f"{field}[{bare[0]}]", list(places[bare[0]][1]), "has no phrase, others have: name all or none")
+    return places
 
 
 def _first(fields: dict[str, Any], names: Sequence[str]) -> tuple[Any, str]:

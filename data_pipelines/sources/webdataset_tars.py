@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipelines.decode.fields import fail, load_json, mapping, number, sequence, text
 from data_pipelines.decode.members import media_kind, media_names
+from data_pipelines.decode.short_form import expand_short_form
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.storage import LocalFile
 from data_pipelines.shards.tar import TarSample, scan_tar
@@ -68,6 +69,9 @@ def _item(key: str, sample: TarSample, file: LocalFile, path: Path, min_score: f
         fail(key, "members", sorted(sample.members), "the sample has neither a json nor a txt member", "no_record")
     data = mapping(key, "json", load_json(key, texts["json"])) if "json" in texts else {}
     sources = tuple(_source(name, sample, path) for name in names)
+    if data.get("boxes") or data.get("quads"):
+        expanded, task = expand_short_form(key, data, names)
+        data = {"task": task, **data, "messages": expanded}
     if "messages" in data:
         return _own_form(key, data, names, sources)
     if len(sources) != 1 or sources[0].kind != "image":

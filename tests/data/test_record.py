@@ -178,6 +178,8 @@ BAD = [
     ({"caption": "x", "boxes": [{"phrase": "a", "box": [True, 1, 2, 3]}]}, ("0.jpg",), "bad_box", "True"),
     ({"caption": "x", "boxes": [{"phrase": "a", "box": [0, 0, 10**30, 9]}]}, ("0.jpg",), "bad_box", "1e+06"),
     ({"caption": "x", "boxes": [{"phrase": "a", "bx": [0, 0, 1, 9]}]}, ("0.jpg",), "bad_field", "boxes[0].bx"),
+    ({"caption": "x", "boxes": [[3, 1, 2, 3]]}, ("0.jpg",), "bad_box", "boxes[0]"),
+    ({"caption": "x", "boxes": [{"box": [1, 1, 2, 3]}]}, ("0.jpg",), "bad_text", "boxes[0].phrase"),
     ({"quads": [{"text": "x", "quad": [0, 0, 1, 1, 2, 2, 3]}]}, ("0.jpg",), "bad_box", "8 numbers, has 7"),
     ({"messages": []}, (), "no_messages", "at least one"),
     (chat(("alien", "x"), ("assistant", "y")), (), "bad_turns", "messages[0].role = 'alien'"),
@@ -208,6 +210,22 @@ def test_broken_records_name_field_and_value(data, media, reason, words):
     error = failure(data, *media)
     assert error.reason == reason
     assert words in error.message
+
+
+def test_bare_boxes_and_quads_are_places_without_names():
+    record = parse({"caption": "a street", "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]]}, "0.jpg")
+    assert record.task == "grounded_caption"
+    assert [part.text for part in record.messages[2].parts] == ["Find the objects in the picture:"]
+    assert record.messages[3].parts == (Region("0.jpg", None, ((1, 2, 3, 4), (5, 6, 7, 8))),)
+    record = parse({"quads": [[0, 0, 9, 0, 9, 5, 0, 5]]}, "0.jpg")
+    assert record.messages[0].parts[1] == Text("Find the text in the picture:")
+    assert record.messages[1].parts == (Region("0.jpg", None, (), ((0, 0, 9, 0, 9, 5, 0, 5),)),)
+
+
+def test_boxes_are_all_named_or_none():
+    named, bare = {"phrase": "a dog", "box": [1, 2, 3, 4]}, [5, 6, 7, 8]
+    with pytest.raises(RecordError, match=r"boxes\[1\] = \[5.0, 6.0, 7.0, 8.0\]: has no phrase, others have"):
+        parse({"caption": "a street", "boxes": [named, bare]}, "0.jpg")
 
 
 def test_boxes_outside_the_picture_are_refused_where_its_size_is_known():
