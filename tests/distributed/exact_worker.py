@@ -30,7 +30,7 @@ class RecordingEngine(Engine):
 
     def step(self) -> None:
         if self.gradients is None and self._engine.is_gradient_accumulation_boundary():
-            named = self._engine.module.named_parameters()
+            named = [(name, item) for name, item in self._engine.module.named_parameters() if item.requires_grad]
             self.gradients = {name: safe_get_full_grad(parameter).float().clone() for name, parameter in named}
         super().step()
 
