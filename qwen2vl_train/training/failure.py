@@ -1,7 +1,9 @@
-"""How a run ends when a rank fails: the first cause is said last, on every rank, and nobody waits for the dead.
+"""How a run ends when a rank fails: the first cause is said last, whichever rank ends first, and nobody waits.
 
 Enters: the exception that ended this rank's work. Leaves: a plain message. The first rank to fail leaves its cause in
 the rendezvous store; the others, which fail next because a collective broke, name it instead of their own consequence.
+Every rank also leaves it where torchrun looks for the words of its closing block, which it prints last of all: torchrun
+may see the end of a rank that only suffered first, and another node's torchrun never sees the rank that failed.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import socket
 import sys
 import time
 import traceback
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch._C._distributed_c10d import Store
 
 from qwen2vl_train.training.world import World, connect_store
 
@@ -33,27 +36,63 @@ def exit_after(error: Exception, world: World) -> NoReturn:
 
     Without leaving the process group: other ranks may wait in a collective that will never come.
     """
-    own = {"rank": world.rank, "host": socket.gethostname(), "message": f"{type(error).__name__}: {error}"}
-    is_consequence = isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(str(error)))
-    first = _first_cause(own, wait_only=is_consequence) or own
     mendable = isinstance(error, (ValueError, FileNotFoundError))
+    own: dict[str, Any] = {
+        "rank": world.rank,
+        "host": socket.gethostname(),
+        "message": str(error) if mendable else f"{type(error).__name__}: {error}",
+        "time_s": time.time(),
+    }
+    trace = "" if mendable and not os.environ.get("QWEN2VL_DEBUG") else "".join(traceback.format_exception(error))
+    is_consequence = isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(str(error)))
+    # before the others can learn of it and end: torchrun looks for it as soon as one has
+    _leave_for_torchrun(f"{trace}{_plainly(own)}", own["time_s"])
+    first = _first_cause(own, wait_only=is_consequence) or own
     if first["rank"] == world.rank:
-        # torchrun repeats it, with its traceback, as the last thing that it prints
-        get_error_handler().initialize()
-        get_error_handler().record_exception(error)
-        if not mendable or os.environ.get("QWEN2VL_DEBUG"):
-            traceback.print_exception(error)
-        said = str(error) if mendable else own["message"]
-        print(f"\nerror (rank {world.rank}): {said}", file=sys.stderr)
+        print(f"{trace}\n{_plainly(own)}", file=sys.stderr)
     elif first["message"] != own["message"]:  # not the one mistake that all ranks find
-        print(f"rank {world.rank} ended: rank {first['rank']} ({first['host']}) failed first", file=sys.stderr)
-        print(f"\nerror (rank {first['rank']}): {first['message']}", file=sys.stderr)
+        print(f"\n{name_first_cause(first, world.rank)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2 if mendable else 1)
 
 
-def _first_cause(own: dict[str, object], wait_only: bool) -> dict[str, object] | None:
+def name_first_cause(first: dict[str, Any], rank: int) -> str:
+    """What rank `rank` says when it ends because of `first`, another rank's failure; torchrun will say it, too."""
+    text = f"rank {rank} ended: rank {first['rank']} ({first['host']}) failed first\n{_plainly(first)}"
+    _leave_for_torchrun(text, first["time_s"] + 1)  # torchrun takes the earliest for the root, in whole seconds
+    return text
+
+
+def read_first_cause(failures: Store) -> dict[str, Any] | None:
+    """The first failure of the run, if any rank has claimed one in the store under `FAILURE_PREFIX`."""
+    if not failures.check([FAILURE_KEY]):
+        return None
+    first: dict[str, Any] = json.loads(failures.get(FAILURE_KEY))
+    return first
+
+
+def leave_stall_for_torchrun(report: str) -> None:
+    """Have torchrun's closing block repeat the watchdog's report."""
+    _leave_for_torchrun(report, time.time())
+
+
+def _plainly(cause: dict[str, Any]) -> str:
+    return f"error (rank {cause['rank']}): {cause['message']}"
+
+
+def _leave_for_torchrun(text: str, time_s: float) -> None:
+    """Write torchrun's error file in the form of its ErrorHandler; nothing without torchrun."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time_s))}
+        with suppress(OSError), open(f"{path}.writing", "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+        with suppress(OSError):
+            os.replace(f"{path}.writing", path)  # torchrun may read it at any moment
+
+
+def _first_cause(own: dict[str, Any], wait_only: bool) -> dict[str, Any] | None:
     """Claim the first place for `own`, or, when it is only a consequence, wait a little for whoever claims it."""
     try:
         store = connect_store(FAILURE_PREFIX)
@@ -62,7 +101,7 @@ def _first_cause(own: dict[str, object], wait_only: bool) -> dict[str, object] |
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.1)
-        winner: dict[str, object] = json.loads(store.compare_set(FAILURE_KEY, "", json.dumps(own)))
+        winner: dict[str, Any] = json.loads(store.compare_set(FAILURE_KEY, "", json.dumps(own)))
     except (RuntimeError, ValueError, OSError):
         return None  # the store went down with rank 0's node
     return winner

@@ -2,8 +2,9 @@
 
 Enters: notes of what each rank is doing. Leaves, when a rank makes no progress for too long: a report that names it,
 what it was doing, its sample keys and its Python stack, on stderr and in `stall.txt`; then every rank ends with code
-76. Costs one small message per rank and tick to the rendezvous store, from a thread of its own; no collective is used,
-since collectives are what hangs.
+76. Costs a message to the rendezvous store per note (20 to 80 µs; not waited for, and sent by the main thread, so
+that the note is out even if the process is stopped the moment after) and one per tick from a thread of its own. No
+collective is used, since collectives are what hangs.
 
 Who stalls: all ranks stop together, one because it is stuck, the others in a collective that waits for it. Every rank
 makes the same notes in the same order, so the stuck one has made fewest; among equals it is the one whose main thread
@@ -15,22 +16,29 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from torch._C._distributed_c10d import Store
 
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import WatchdogConfig
-from qwen2vl_train.training.failure import FAILURE_KEY, FAILURE_PREFIX
+from qwen2vl_train.training.failure import (
+    FAILURE_PREFIX,
+    leave_stall_for_torchrun,
+    name_first_cause,
+    read_first_cause,
+)
 from qwen2vl_train.training.stopping import EXIT_STALLED
 from qwen2vl_train.training.world import World, connect_store
 
@@ -73,9 +81,12 @@ class Watchdog:
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
+        self._ticks = 0  # counted by the thread; `_beat` is written by the main thread alone
+        self._notes: Store | None = None  # a connection that the thread's waiting for answers never blocks
 
     def __enter__(self) -> Self:
         if self._config.stall_s > 0:
+            self._notes = connect_store("watchdog")
             self.note("starting the loop")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -96,6 +107,11 @@ class Watchdog:
         """
         self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=tuple(keys))
         self._since, self._limit_s = time.monotonic(), limit_s or self._config.stall_s
+        if self._notes is not None:
+            try:
+                self._send(self._notes, replace(self._beat, tick=self._ticks))
+            except RuntimeError:
+                self._notes = None  # the thread says that the store is gone
 
     def note_pack(self, activity: str, pack: PackedBatch) -> None:
         """`note` for one pack."""
@@ -103,45 +119,57 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread: send beats; when this rank is overdue, find out with the others who stalls, tell and end."""
-        store, failures = connect_store("watchdog"), connect_store(FAILURE_PREFIX)
         self._folder.mkdir(parents=True, exist_ok=True)
         stacks = (self._folder / f"stacks-rank{self._world.rank}.txt").open("w")
-        tick = 0
-        while not self._ended.wait(self._tick_s):
-            tick += 1
-            still_s = time.monotonic() - self._since
-            try:
-                self._send(store, tick, still_s)
-                failed = failures.check([FAILURE_KEY])
-            except Exception as error:
-                print(f"rank {self._world.rank}: the rendezvous store is gone ({error})", file=sys.stderr, flush=True)
-                return  # with its host; the collectives will say so
-            if failed and not self._ended.wait(_FAILURE_GRACE_S):
-                print(f"rank {self._world.rank} ends: another rank failed", file=sys.stderr, flush=True)
-                os._exit(1)  # NCCL would leave this rank waiting for the one that failed
-            # Fires from C if this thread cannot run for so long because other code holds the interpreter.
-            faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=stacks)
-            if still_s > self._limit_s:
-                self._end_run(store, tick)
+        try:
+            store, failures = connect_store("watchdog"), connect_store(FAILURE_PREFIX)
+            while not self._ended.wait(self._tick_s):
+                first = read_first_cause(failures)
+                if first is not None and not self._ended.wait(_FAILURE_GRACE_S):
+                    print(f"\n{name_first_cause(first, self._world.rank)}", file=sys.stderr, flush=True)
+                    os._exit(1)  # NCCL would leave this rank waiting for the one that failed
+                # Fires from C if this thread cannot run for so long because other code holds the interpreter.
+                faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=stacks)
+                if self._tick(store).still_s > self._limit_s:
+                    self._end_run(store)
+        except RuntimeError as error:
+            self._watch_alone(error)
 
-    def _send(self, store: Store, tick: int, still_s: float) -> None:
+    def _watch_alone(self, error: RuntimeError) -> None:
+        """The store went with its host, or that is what is stuck: the others cannot be asked any more."""
+        print(f"rank {self._world.rank}: the rendezvous store does not answer ({error})", file=sys.stderr, flush=True)
+        while not self._ended.wait(self._tick_s):
+            if time.monotonic() - self._since > self._limit_s:
+                beat = replace(self._beat, still_s=time.monotonic() - self._since, stack=self._stack())
+                text = describe_stall({self._world.rank: beat}, set(), self._config.stall_s)
+                self._end_process(
+                    f"{text}\nThe store at {os.environ['MASTER_ADDR']} does not answer: look there first."
+                )
+
+    def _tick(self, store: Store) -> Beat:
+        """Send one beat, with the stack once this rank is overdue."""
+        self._ticks += 1
+        still_s = time.monotonic() - self._since
         stack = self._stack() if still_s > self._limit_s else ""
-        beat = replace(self._beat, tick=tick, still_s=still_s, stack=stack)
-        store.set(f"beat/{self._world.rank}", json.dumps(asdict(beat)))
+        beat = replace(self._beat, tick=self._ticks, still_s=still_s, stack=stack)
+        self._send(store, beat)
+        return beat
+
+    def _send(self, store: Store, beat: Beat) -> None:
+        store.set(f"beat/{self._world.rank}", json.dumps(vars(beat)))
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main or 0)
         return "".join(traceback.format_stack(frame)[-25:]) if frame else ""
 
-    def _end_run(self, store: Store, tick: int) -> None:
+    def _end_run(self, store: Store) -> None:
         """Give the others time to send their stacks, judge, report once, end this process."""
         before = self._read(store)
         notes = self._beat.notes
         for _ in range(_PATIENCE_TICKS):
             if self._ended.wait(self._tick_s) or self._beat.notes != notes:
                 return  # it moved after all
-            tick += 1
-            self._send(store, tick, time.monotonic() - self._since)
+            self._tick(store)
         beats = self._read(store)
         silent = {rank for rank, beat in beats.items() if beat.tick == before.get(rank, beat).tick and rank in before}
         silent |= set(range(self._world.size)) - set(beats)
@@ -149,20 +177,36 @@ class Watchdog:
         if speaker == self._world.rank:
             text = describe_stall(beats, silent, self._config.stall_s)
             (self._folder / "stall.txt").write_text(text)
-            print(text, file=sys.stderr, flush=True)
-            store.set("reported", "1")
+            store.set("reported", text)
         else:
-            deadline = time.monotonic() + 10
-            while not store.check(["reported"]) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            text = store.get("reported").decode()  # waits for it
+        for rank in silent & set(beats):
+            _kill_if_here(beats[rank])
+        self._end_process(text, say=speaker == self._world.rank)
+
+    def _end_process(self, report: str, say: bool = True) -> NoReturn:
+        """Nothing but this ends a main thread that waits inside a collective."""
+        leave_stall_for_torchrun(report)
+        if say:
+            print(report, file=sys.stderr, flush=True)
         with (self._folder / f"stacks-rank{self._world.rank}.txt").open("a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        os._exit(EXIT_STALLED)  # nothing else ends a main thread that waits inside a collective
+        os._exit(EXIT_STALLED)
 
     def _read(self, store: Store) -> dict[int, Beat]:
         names = {rank: f"beat/{rank}" for rank in range(self._world.size)}
         beats = {rank: json.loads(store.get(name)) for rank, name in names.items() if store.check([name])}
         return {rank: Beat(**fields | {"keys": tuple(fields["keys"])}) for rank, fields in beats.items()}
+
+
+def _kill_if_here(beat: Beat) -> None:
+    """End a silent rank of this host, which can do nothing itself any more (SIGKILL ends stopped processes, too)."""
+    if beat.host != socket.gethostname():
+        return  # a rank over there does it, or that host's launcher
+    with suppress(OSError):  # it is gone, or not ours
+        # another container may share this host's name and use the number for something else
+        if f"RANK={beat.rank}".encode() in Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0"):
+            os.kill(beat.pid, signal.SIGKILL)
 
 
 def find_stalled(beats: dict[int, Beat], silent: set[int]) -> list[int]:

@@ -37,7 +37,6 @@ def test_a_silent_rank_comes_first():
     assert "rank 2: never sent anything" in describe_stall(beats, {2}, 10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
@@ -49,7 +48,7 @@ def test_a_silent_rank_comes_first():
 def test_a_hanging_rank_is_named_with_its_activity_samples_and_stack(tmp_path, kind, wanted):
     """Rank 1 hangs in step 3 (packs 8 to 11; rank 1 has 9 and 11)."""
     started = time.monotonic()
-    finished = train(2, tmp_path, steps=9, packs=4, fault={"kind": kind, "rank": 1, "step": 2}, watchdog={"stall_s": 4})
+    finished = train(2, tmp_path, steps=9, packs=4, fault={"kind": kind, "rank": 1, "step": 2}, watchdog={"stall_s": 6})
     assert time.monotonic() - started < 300
     assert finished.returncode != 0
     assert "STALLED" in finished.stderr
@@ -58,9 +57,10 @@ def test_a_hanging_rank_is_named_with_its_activity_samples_and_stack(tmp_path, k
     for words in wanted:
         assert words in finished.stderr, words
     assert (tmp_path / "main" / "stall.txt").read_text().strip() in finished.stderr
+    closing = finished.stderr[finished.stderr.rindex("Root Cause") :]
+    assert "rank 1 holds up the others" in closing
 
 
-@pytest.mark.slow
 def test_an_exception_on_one_rank_ends_the_others_and_is_said_last(tmp_path):
     folder = tmp_path / "run"
     process = start_training(2, folder, steps=99, packs=4, fault={"kind": "raise", "rank": 1, "step": 2})
@@ -70,10 +70,11 @@ def test_an_exception_on_one_rank_ends_the_others_and_is_said_last(tmp_path):
     assert time.monotonic() - started < 30
     log = (folder / "log").read_text()
     assert "error (rank 1): RuntimeError: the cause lies in pack 9" in log
-    assert "the cause lies in pack" in log[log.rindex("Root Cause") :]  # torchrun's closing words
+    # torchrun's closing words, whichever rank it saw end first; only the ruled line comes after them
+    closing = log[log.rindex("Root Cause") :].rstrip().rstrip("=").rstrip()
+    assert closing.endswith("error (rank 1): RuntimeError: the cause lies in pack 9")
 
 
-@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_within_30_s(tmp_path):
     folder = tmp_path / "run"
     process = start_training(2, folder, steps=999, packs=4, step_s=0.1)
