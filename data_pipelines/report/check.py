@@ -67,7 +67,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Read shards whole: every header's checksum, the end marker, repeated and scattered keys, the "
         "manifest's checksums, each record, every picture decoded, every clip opened and its frames decoded under a "
         "deadline. Each finding names shard, key and reason. Exit code 1 when anything is wrong.",
-        epilog="Examples: qwen2vl-data check 'shards/coco/*.tar' | qwen2vl-data check shards/*/*.tar --json > bad.jsonl",
+        epilog="Examples: qwen2vl-data check 'shards/coco/*.tar' | qwen2vl-data check shards/*/*.tar --json",
     )
     parser.add_argument("shards", nargs="+", metavar="TAR", help="paths, globs or ranges such as web-{0000..0099}.tar")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: findings, at last the summary")

@@ -1,0 +1,173 @@
+"""What decides the packs of a run: mixture, template, budgets, tokenizer, seed, packs per step and ranks.
+
+Enters: options of a command (shards named there), a YAML or JSON file of these settings, or the folder of a training
+run, whose `config.json` holds them per stage. Leaves: a `DataRun`. The trainer is not imported: a run's stored settings
+are plain values, validated against the same dataclasses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
+from data_pipelines.plan.balance import PackCost
+from data_pipelines.shards.storage import expand_shards
+
+
+@with_config(ConfigDict(extra="forbid"))  # the nested dataclasses inherit it
+@dataclass(frozen=True)
+class DataRun:
+    """Settings that decide every pack. `tokenizer` is a folder; `packs_per_step` counts all ranks' packs of a step.
+
+    `cost` is the model's, where the trainer deals packs by it (its four coefficients; only the trainer can work it out).
+    """
+
+    tokenizer: str
+    data: DataConfig
+    seed: int = 0
+    packs_per_step: int = 1
+    world: int = 1
+    cost: PackCost | None = None
+
+    def __post_init__(self) -> None:
+        if self.world < 1 or self.packs_per_step < 1 or self.packs_per_step % self.world:
+            raise ValueError(
+                f"packs_per_step={self.packs_per_step} is not a multiple of world={self.world}: every rank takes the "
+                "same number of packs; give the numbers the run had"
+            )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that look at a mixture: shards on the command line, or settings in a file."""
+    media = MediaConfig()
+    parser.add_argument("shards", nargs="*", metavar="[NAME=]TAR", help="paths, globs or ranges, with a name or without")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings instead of shards: YAML, or a run's folder")
+    parser.add_argument("--stage", help="which stage of a run's folder")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: a folder `tokenizer` near the shards")
+    parser.add_argument("--template", choices=("plain", "chatml"), default="plain", help="template (%(default)s)")
+    for name, value, text in (
+        ("max-tokens", PlanConfig.max_tokens, "tokens of a pack"),
+        ("max-patches", 0, "its ViT patches; 0: four a token"),
+        ("max-pixels", media.max_pixels, "of a still image"),
+        ("min-pixels", media.min_pixels, "of a still image"),
+        ("video-max-pixels", media.video_max_pixels, "of a frame"),
+        ("max-frames", media.max_frames, "of a clip"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--fps", type=float, default=media.fps, help="frames a second taken of a clip (%(default)g)")
+    parser.add_argument("--seed", type=int, default=0, help="of the plan (%(default)s)")
+    parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
+
+
+def data_run_of(options: argparse.Namespace) -> DataRun:
+    """The settings that the options name. Shards given without a file are each read once: shares by size.
+
+    `tokenizer` is "" where none is given and none lies near the shards.
+
+    Raises:
+        ValueError: neither or both of shards and --config, or settings that cannot be.
+    """
+    if bool(options.shards) == bool(options.config):
+        raise ValueError("give shards to look at, or --config FILE with their settings (one of the two)")
+    if options.config:
+        run = read_data_run(options.config, options.stage)
+        return replace(run, tokenizer=str(options.tokenizer)) if options.tokenizer else run
+    sources = {
+        name: SourceConfig(tuple(shards), epochs=1.0, max_error_rate=1.0)
+        for name, shards in name_sources(options.shards).items()
+    }
+    small = min(options.min_pixels, options.max_pixels)
+    frame = options.video_max_pixels
+    media = MediaConfig(
+        min_pixels=small, max_pixels=options.max_pixels, fps=options.fps, max_frames=options.max_frames,
+        video_min_pixels=min(MediaConfig.video_min_pixels, frame), video_max_pixels=frame,
+    )  # fmt: skip
+    plan = PlanConfig(options.max_tokens, options.max_patches or 4 * options.max_tokens)
+    tokenizer = options.tokenizer or _tokenizer_near(next(iter(sources.values())).shards[0])
+    data = DataConfig(sources, options.template, media, plan)
+    return DataRun(str(tokenizer or ""), data, options.seed)
+
+
+def read_data_run(path: Path, stage: str | None = None, **changes: int | None) -> DataRun:
+    """The settings in `path`: a YAML or JSON file of `DataRun`'s fields, or a run's folder (or its config.json).
+
+    `changes` (seed, packs_per_step, world) replace what the file says; None keeps it.
+
+    Raises:
+        ValueError: no such file, no such stage, or values that cannot be; the message says which.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give a YAML file or the folder of a run") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML ({error})") from error
+    if isinstance(settings, Mapping) and "stages" in settings:
+        settings = _of_stage(settings, stage, path)
+    try:
+        changed = {name: value for name, value in changes.items() if value is not None}
+        return TypeAdapter(DataRun).validate_python({**settings, **changed})
+    except (ValidationError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
+    """Shards by data set. NAME=PATTERN says the name; else it is the file's without its number ("coco-00012.tar").
+
+    Files of one name in several folders get the folder's before it: "train/coco", "heldout/coco".
+
+    Raises:
+        ShardError: a pattern that names no file.
+    """
+    named: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
+    for word in words:
+        name, given, pattern = word.partition("=")
+        if given and re.fullmatch(r"[\w.-]+", name):
+            named.setdefault(name, []).extend(expand_shards(name, [pattern]))
+            continue
+        for shard in expand_shards("shards", [word]):
+            folder = Path(shard).parent
+            stem = re.sub(r"[-_.]?\d+$", "", Path(shard).name.removesuffix(".tar")) or folder.name
+            found.setdefault(stem, {}).setdefault(str(folder), []).append(shard)
+    for stem, folders in found.items():
+        for folder, shards in folders.items():
+            name = stem if len(folders) == 1 else f"{Path(folder).name}/{stem}"
+            named.setdefault(name, []).extend(shards)
+    return {name: list(dict.fromkeys(shards)) for name, shards in named.items()}
+
+
+def _of_stage(settings: Mapping[str, Any], stage: str | None, path: Path) -> dict[str, Any]:
+    """A training configuration's values for one stage; the number of ranks from `environment.json` beside it."""
+    stages = settings["stages"]
+    if stage is None and len(stages) == 1:
+        stage = next(iter(stages))
+    if stage not in stages:
+        raise ValueError(f"{path} holds the stages {', '.join(stages)}: say which with --stage, not {stage!r}")
+    chosen = {
+        "tokenizer": settings["data"]["tokenizer"],
+        "data": stages[stage]["data"],
+        "seed": settings["seed"],
+        "packs_per_step": stages[stage]["packs_per_step"],
+    }
+    try:
+        environment = json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))
+        return {**chosen, "world": int(environment["world_size"])}
+    except (OSError, ValueError, KeyError):
+        return chosen
+
+
+def _tokenizer_near(shard: str) -> Path | None:
+    """A folder `tokenizer` beside the shard, or up to two folders above it."""
+    folders = list(Path(shard).resolve().parents)[:3]
+    return next((folder / "tokenizer" for folder in folders if (folder / "tokenizer/tokenizer.json").is_file()), None)
