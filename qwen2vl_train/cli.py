@@ -10,9 +10,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from qwen2vl_train.config import ConfigError, load_config
+from qwen2vl_train.compose import as_yaml, compose_settings
+from qwen2vl_train.config import ConfigError, config_dir, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,10 +139,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
-    _, settings = load_config(options.overrides, options.config_dir)
-    print(OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(settings)))), end="")
+    run, _ = load_config(options.overrides, options.config_dir)
+    composed = compose_settings(options.overrides, (options.config_dir or config_dir()).resolve())
+    print(
+        "# Each value as a run takes it. A comment ${KEY} says where it comes from: setting that key changes every\n"
+        "# value that refers to it (shared: limits of all stages; mixture: a stage's sources); setting the value\n"
+        "# itself changes it here alone.\n" + as_yaml(asdict(run), composed),
+        end="",
+    )
     return 0
 
 

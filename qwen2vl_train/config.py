@@ -16,13 +16,11 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from data_pipelines.config import DataConfig
+from qwen2vl_train.compose import ConfigError as ConfigError
+from qwen2vl_train.compose import compose_settings
 from qwen2vl_train.model.config import ModelConfig
 
 Part = Literal["vit", "merger", "llm"]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run. The message names the key, its value and what to do."""
 
 
 @dataclass(frozen=True)
@@ -283,35 +281,25 @@ def config_dir() -> Path:
     return next(path for path in (here / "configs", here.parent / "configs") if (path / "train.yaml").is_file())
 
 
-def load_config(overrides: Sequence[str], folder: Path | None = None) -> tuple[RunConfig, dict[str, Any]]:
+def load_config(
+    overrides: Sequence[str], folder: Path | None = None, allow_missing: bool = False
+) -> tuple[RunConfig, dict[str, Any]]:
     """Compose `train.yaml` with the overrides and validate it.
 
     `stage=NAME[,NAME]` is short for `chain=[NAME,…]`: it runs only these stages of the experiment.
-    Returns the validated configuration and the resolved plain dict (to be stored with the run).
+    Returns the validated configuration and the resolved plain dict (to be stored with the run). With `allow_missing`,
+    places that must be given and were not are `compose.NOT_GIVEN`.
 
     Raises:
         ConfigError: unknown key or group, wrong type, contradiction; the message says which and what to do.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    folder = (folder or config_dir()).resolve()
-    words = [_expand(word, folder) for word in overrides]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            composed = compose("train", overrides=words)
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain_hydra(error, overrides)) from error
-    assert isinstance(plain, dict)
+    composed = compose_settings(overrides, (folder or config_dir()).resolve(), allow_missing)
+    plain = dict(composed.resolved)
     _check_names("shared", plain.pop("shared", {}), ("plan", "media", "loader"))
     _check_names("mixture", plain.pop("mixture", {}), plain.get("stages", {}))
+    _check_stages(plain.get("stages", {}))
     try:
-        return TypeAdapter(RunConfig).validate_python(plain), {str(key): value for key, value in plain.items()}
+        return TypeAdapter(RunConfig).validate_python(plain), plain
     except ValidationError as error:
         raise ConfigError(_explain_validation(error)) from error
 
@@ -328,27 +316,23 @@ def _check_names(section: str, values: dict[str, Any], known: Collection[str]) -
         raise ConfigError(f"{section}.{name} = {_shorten(values[name])}: unknown key; {hint}")
 
 
+def _check_stages(stages: dict[str, Any]) -> None:
+    """A misspelt stage in an override makes a new, nearly empty one: say so instead of listing what it lacks."""
+    partial = [name for name, values in stages.items() if isinstance(values, dict) and "trainable" not in values]
+    known = [name for name in stages if name not in partial]
+    for name in partial if known else ():
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"stages.{name} = {_shorten(stages[name])}: unknown stage; {hint}This experiment's are {', '.join(known)}; "
+            f"`/stage@stages.{name}: vision` in an experiment file's defaults adds one"
+        )
+
+
 def _at_least(limit: int, **values: int) -> None:
     for name, value in values.items():
         if value < limit:
             raise ValueError(f"{name}={value} must be at least {limit}")
-
-
-def _expand(word: str, folder: Path) -> str:
-    """`stage=` to `chain=`, and `++` before values, so that an unknown key reaches our check and its suggestion."""
-    if word.startswith("stage="):
-        word = f"chain=[{word.removeprefix('stage=')}]"
-    key = word.partition("=")[0]
-    chooses_group = (folder / key.partition("@")[0]).is_dir()
-    return word if chooses_group or not key[:1].isalpha() else f"++{word}"
-
-
-def _explain_hydra(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's message without its search path, and its cause where that hides behind a second exception."""
-    causes = [str(error), str(error.__cause__ or "")]
-    lines = [line.strip() for cause in causes for line in cause.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("provider=", "Config search path"))]
-    return f"{'; '.join(kept)}\nOverrides given: {' '.join(overrides) or '(none)'}"
 
 
 def _explain_validation(error: ValidationError) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -120,7 +120,7 @@ class HuggingFaceFolder:
     def _slice(self, name: str) -> Any:
         path, stored = self._stored[name]
         if path not in self._handles:
-            self._handles[path] = safe_open(str(path), framework="pt")
+            self._handles[path] = _open(path)
         return self._handles[path].get_slice(stored)
 
 
@@ -232,8 +232,16 @@ def _locate(folder: Path) -> dict[str, Path]:
     single = folder / SINGLE_NAME
     if not single.is_file():
         raise FileNotFoundError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} found")
-    with safe_open(str(single), framework="pt") as handle:
+    with _open(single) as handle:
         return dict.fromkeys(handle.keys(), single)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size:,} bytes) is no whole safetensors file: {error}; copy it again") from error
 
 
 def _check_names(config: ModelConfig, parameters: dict[str, nn.Parameter], source: TensorSource) -> None:

@@ -115,6 +115,16 @@ def test_absent_files_are_named(tmp_path):
         load_hf(model, tmp_path)
 
 
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 40_000])
+def test_a_file_that_was_cut_short_is_named(tmp_path, shard_bytes):
+    model = tiny_model()
+    save_hf(model_tensors(model), tmp_path, model.config, torch.float32, shard_bytes)
+    damaged = sorted(tmp_path.glob("*.safetensors"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{damaged} \([\d,]+ bytes\) is no whole safetensors file"):
+        load_hf(model, tmp_path)
+
+
 def test_a_shorter_export_replaces_a_longer_one(tmp_path):
     model = tiny_model()
     save_hf(model_tensors(model), tmp_path, model.config, torch.float32, 40_000)

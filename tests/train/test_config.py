@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from qwen2vl_train.cli import main
+from qwen2vl_train.compose import NOT_GIVEN
 from qwen2vl_train.config import ConfigError, config_dir, load_config
 
 PLACES = {
@@ -58,6 +61,12 @@ def test_a_missing_place_is_named():
         (["stages.vision.schedule.warmup_steps=250"], r"warmup_steps=250 leaves nothing of steps=250"),
         (["engine.zero_stage=9"], r"engine\.zero_stage = 9: Input should be 0, 1, 2 or 3"),
         (["engine.zero_stage=2", "engine.offload_parameters=true"], r"offload_parameters=true needs zero_stage=3"),
+        (
+            ["stages.visoin.steps=3"],
+            r"stages\.visoin = .*: unknown stage; did you mean 'vision'\? .* are language, vision,",
+        ),
+        (["~mixture.multitask.txt"], r"there is no mixture\.multitask\.txt to take out; known there: .*text"),
+        (["shared.media.max_pixels=1,2"], r"several values; write a list, shared\.media\.max_pixels="),
         (["stage=visio"], r"chain=\['visio'\]: choose from the configured stages"),
         (["model.config.text.hidden_size=130"], r"hidden_size 130 is not divisible by num_attention_heads 4"),
         (["experiment=dmeo"], r"Could not find 'experiment/dmeo'.*demo"),
@@ -69,6 +78,39 @@ def test_mistakes_name_key_value_and_remedy(overrides, message):
         words.append("stages.vision.steps=250")
     with pytest.raises(ConfigError, match=message):
         load_config(words)
+
+
+def test_a_value_set_behind_a_reference_changes_this_stage_and_nothing_else_in_it():
+    run, _ = load_config(["experiment=demo", "stages.vision.data.media.max_pixels=50176"])
+    assert run.stages["vision"].data.media.max_pixels == 50176
+    assert run.stages["vision"].data.media.max_frames == 8  # as in shared.media, not the default of 768
+    assert run.stages["multitask"].data.media.max_pixels == 31360
+
+
+def test_a_source_weighed_anew_in_one_stage_keeps_its_shards_and_the_other_stages_weights():
+    run, _ = load_config(["experiment=demo", "mixture.instruct.captions.weight=9", "~mixture.instruct.text"])
+    instruct, multitask = (run.stages[name].data.sources for name in ("instruct", "multitask"))
+    assert (instruct["captions"].weight, multitask["captions"].weight) == (9.0, 3.0)
+    assert instruct["captions"].shards == multitask["captions"].shards
+    assert ("text" in instruct, "text" in multitask) == (False, True)
+
+
+def test_places_that_were_not_given_can_be_left_open():
+    run, _ = load_config(["experiment=qwen2vl_2b"], allow_missing=True)
+    assert run.data.root == run.data.tokenizer == NOT_GIVEN
+
+
+def test_the_printed_configuration_shows_every_value_and_where_it_comes_from(capsys):
+    assert main(["config", "experiment=demo", "mixture.vision.captions.weight=2"]) == 0
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert values["stages"]["vision"]["data"]["sources"]["captions"]["weight"] == 2
+    assert values["mixture"]["vision"]["captions"]["weight"] == 2
+    assert values["shared"]["media"]["max_frames"] == 8
+    assert "      media:  # ${shared.media}\n" in printed
+    assert "      sources:  # ${mixture.vision}\n" in printed
+    assert "        fps: 2.0  # default\n" in printed
+    assert "  tokenizer: data/demo/tokenizer  # ${data.root}/tokenizer\n" in printed
 
 
 def test_another_folder_of_configs_can_be_used(tmp_path: Path):
