@@ -51,8 +51,14 @@ def parse_record(key: str, members: Mapping[str, bytes | None]) -> Record:
     Raises:
         RecordError: with key, field and value. Nothing of a broken sample is guessed.
     """
+    return record_of(key, _read_object(key, members), members)
+
+
+def record_of(
+    key: str, data: dict[str, Any], members: Mapping[str, bytes | None], facts: Mapping[str, Media] | None = None
+) -> Record:
+    """As `parse_record`, for JSON that is parsed already; `facts` instead of those that it states of its media."""
     names = media_names(members)
-    data = _read_object(key, members)
     task = data.get("task")
     if task is not None and not (isinstance(task, str) and _TASK.fullmatch(task)):
         fail(key, "task", task, "needs a lower-case word such as caption, vqa, chat")
@@ -62,7 +68,7 @@ def parse_record(key: str, members: Mapping[str, bytes | None]) -> Record:
     else:
         listed, form_task = expand_short_form(key, data, names)
     messages = _read_messages(key, listed, members, names)
-    media = _read_media(key, data.get("media"), messages, members)
+    media = dict(facts) if facts is not None else _read_media(key, data.get("media"), messages, members)
     return check_bounds(Record(key, task or form_task, messages, media), media)
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.fields import fail, mapping, sequence, text
-from data_pipelines.decode.members import VIDEO_EXTENSIONS, extension
+from data_pipelines.decode.members import media_kind
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.sources.chat import chat_item
+from data_pipelines.sources.inputs import media_in
 from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, Question, problem
 from data_pipelines.sources.json_files import Line, read_json, read_objects
 from data_pipelines.sources.keys import key_of
@@ -44,9 +45,8 @@ def read(options: argparse.Namespace) -> Entries:
 
 def read_clips(folder: Path, captions: Path | None) -> Entries:
     """One item a clip, in order of the table, or of names without one; every clip is an item or a ledger line."""
-    if not folder.is_dir():
-        raise RecordError(str(folder), "missing_file", "is no folder")
-    rows = _beside(folder) if captions is None else _table(captions)
+    clips = media_in(folder, "video")
+    rows = _beside(clips) if captions is None else _table(captions)
     told: set[Path] = set()
     for number, row in rows:
         if isinstance(row, LedgerEvent):
@@ -62,7 +62,7 @@ def read_clips(folder: Path, captions: Path | None) -> Entries:
         except DataError as error:
             yield problem(key, error.reason, error.message)
     for path in sorted(folder.rglob("*")) if captions is not None else ():
-        if extension(path.name) in VIDEO_EXTENSIONS and path.resolve() not in told:
+        if media_kind(path.name) == "video" and path.resolve() not in told:
             yield problem(path.name, "no_annotation", "the clip is named in no caption")
 
 
@@ -85,8 +85,7 @@ def clip_item(key: str, row: dict[str, Any], path: Path, folder: Path) -> Item:
     return Item(key, annotations, (MediaSource(path.name, "video", path),), "video")
 
 
-def _beside(folder: Path) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
-    clips = [path for path in sorted(folder.iterdir()) if extension(path.name) in VIDEO_EXTENSIONS]
+def _beside(clips: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
     for number, path in enumerate(clips):
         try:
             caption = path.with_suffix(".txt").read_bytes().decode("utf-8-sig").strip()

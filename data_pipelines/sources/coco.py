@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.fields import coordinates, mapping, sequence, text
+from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.sources.compose import unique_objects
 from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
@@ -107,10 +108,3 @@ def _item(
         referring=unique_objects(objects) if referring else (),
     )
     return Item(key, annotations, (MediaSource(path.name, "image", path, size=declared_size(image)),))
-
-
-def declared_size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    """(width, height) of an annotation entry, None where it does not say (or says nonsense, such as 0)."""
-    width, height = entry.get("width"), entry.get("height")
-    sizes = [value for value in (width, height) if isinstance(value, int) and not isinstance(value, bool) and value > 0]
-    return (sizes[0], sizes[1]) if len(sizes) == 2 else None

@@ -15,6 +15,7 @@ from typing import Any
 from data_pipelines.decode.record import parse_record
 from data_pipelines.decode.regions import TOLERANCE_PIXELS
 from data_pipelines.decode.video import ClipDecoder
+from data_pipelines.decode.written_record import grid_to_pixels
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.sources.cleaning import RuleCount, Rules, clean
@@ -22,8 +23,6 @@ from data_pipelines.sources.compose import compose
 from data_pipelines.sources.item import Annotations, Box, Grounded, Item, Labelled, MediaSource, TextLine, problem
 from data_pipelines.sources.pictures import Picture, open_media, place
 from data_pipelines.sources.sample import Sample
-
-GRID = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +191,7 @@ def _place_regions(message: dict[str, Any], item: Item, pictures: list[Picture])
 
 
 def _pixels(points: list[float], on_grid: bool, picture: Picture, source: MediaSource, key: str) -> list[float]:
-    if on_grid:
-        return [_cell(value, picture.size[i % 2]) for i, value in enumerate(points)]
-    return list(place(picture, tuple(points), source, key))
-
-
-def _cell(value: float, size: int) -> float:
-    return (min(value, GRID - 1) + 0.5) / GRID * size
+    return grid_to_pixels(points, picture.size) if on_grid else list(place(picture, tuple(points), source, key))
 
 
 def attempt(item: Item, treatment: Treatment) -> tuple[Finished | None, list[LedgerEvent]]:

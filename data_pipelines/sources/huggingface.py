@@ -27,13 +27,13 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
+from data_pipelines.decode.chat_forms import read_turns, trim
 from data_pipelines.decode.fields import coordinates, fail, number, sequence, text
+from data_pipelines.decode.grid_tags import split_grid_tags
 from data_pipelines.decode.tags import place_media
 from data_pipelines.errors import DataError, MediaError
 from data_pipelines.samples import MediaKind
-from data_pipelines.sources.chat import read_turns, trim
 from data_pipelines.sources.compose import text_part, unique_objects
-from data_pipelines.sources.grid_tags import split_grid_tags
 from data_pipelines.sources.item import (
     Annotations,
     Box,

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.fields import coordinates, fail, mapping, sequence, text
+from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError
 from data_pipelines.samples import LedgerEvent, MediaKind
 from data_pipelines.sources.chat import chat_item, read_chats
-from data_pipelines.sources.coco import declared_size
 from data_pipelines.sources.compose import unique_objects
 from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.fields import fail, mapping, sequence, text
-from data_pipelines.decode.members import media_kind
+from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
-from data_pipelines.sources.coco import declared_size
+from data_pipelines.sources.inputs import add_files, each_file, each_object, media_in
 from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, TextLine, problem
-from data_pipelines.sources.json_files import Line, read_json, read_objects
+from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
 from data_pipelines.sources.pictures import resolve_media
 from data_pipelines.sources.quads import clockwise, read_corners
@@ -33,17 +33,15 @@ UNREADABLE = "###"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `import ocr`."""
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="PATH", help="manifests, or folders of pictures")
+    add_files(parser, "manifests, or folders of pictures", media_root=True, name="inputs", metavar="PATH")
     parser.add_argument(
         "--labels", type=Path, metavar="DIR", help="folder of the text files (default: beside pictures)"
     )
-    parser.add_argument("--media-root", type=Path, metavar="DIR", help="pictures of manifests lie under here")
 
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
-    for number, path in enumerate(options.inputs):
-        prefix = key_of(path.stem) if len(options.inputs) == 1 else f"{number}-{key_of(path.stem)}"
+    for path, prefix in each_file(options.inputs):
         if path.is_dir():
             yield from read_folder(path, options.labels or path, prefix)
         else:
@@ -52,19 +50,14 @@ def read(options: argparse.Namespace) -> Entries:
 
 def read_manifest(path: Path, media_root: Path, prefix: str) -> Entries:
     """One item for every object of a JSON or JSON-lines manifest."""
-    for line in read_objects(path):
-        if not isinstance(line, Line):
-            yield line
-            continue
-        key = f"{prefix}/{line.number:06d}"
-        try:
-            entry = mapping(key, "page", line.value)
-            named = next((entry[field] for field in ("image", "file_name", "img", "file") if field in entry), None)
-            image = resolve_media(named, media_root, path.parent, key)
-            media = (MediaSource(image.name, "image", image, size=declared_size(entry)),)
-            yield Item(key, page_annotations(key, entry), media, "ocr")
-        except DataError as error:
-            yield problem(key, error.reason, error.message)
+
+    def page(key: str, entry: dict[str, Any]) -> list[Item]:
+        named = next((entry[field] for field in ("image", "file_name", "img", "file") if field in entry), None)
+        image = resolve_media(named, media_root, path.parent, key)
+        media = (MediaSource(image.name, "image", image, size=declared_size(entry)),)
+        return [Item(key, page_annotations(key, entry), media, "ocr")]
+
+    return each_object(path, prefix, "page", page)
 
 
 def page_annotations(key: str, entry: dict[str, Any]) -> Annotations:
@@ -97,10 +90,8 @@ def page_annotations(key: str, entry: dict[str, Any]) -> Annotations:
 
 def read_folder(images: Path, labels: Path, prefix: str) -> Entries:
     """One item for every picture of a folder, in order of their names; a picture without text file is a ledger line."""
-    if not images.is_dir():
-        raise RecordError(str(images), "missing_file", "is no folder")
-    for path in sorted(images.iterdir()):
-        if media_kind(path.name) != "image" or not path.is_file():
+    for path in media_in(images, "image"):
+        if not path.is_file():
             continue
         key = f"{prefix}/{key_of(path.stem)}"
         try:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.fields import coordinates, fail, mapping, sequence, text
+from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
-from data_pipelines.sources.coco import declared_size
 from data_pipelines.sources.item import Annotations, Box, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.pictures import resolve_media

@@ -7,14 +7,13 @@ characters, because a trainer would cut off what does not fit into a pack; nothi
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipelines.decode.fields import mapping, text
-from data_pipelines.errors import DataError
+from data_pipelines.decode.fields import text
 from data_pipelines.sources.compose import text_part
+from data_pipelines.sources.inputs import add_files, each_file, each_object
 from data_pipelines.sources.item import Annotations, Entries, Item, problem
-from data_pipelines.sources.json_files import Line, read_objects
-from data_pipelines.sources.keys import key_of
 
 HELP = "plain text: .txt and .md files, JSON or JSON lines with a text field"
 DEFAULT_MAX_CHARS = 20_000
@@ -23,7 +22,7 @@ _CUTS = ("\n\n", "\n", "。", ". ", "! ", "? ", " ")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `import text`."""
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text files, JSON or JSON-lines files")
+    add_files(parser, "text files, JSON or JSON-lines files")
     parser.add_argument("--field", default="text", help="the field that holds the text in JSON (default: text)")
     parser.add_argument("--unit", choices=("file", "line"), default="file", help="what is a document in a text file")
     parser.add_argument("--max-chars", type=int, default=DEFAULT_MAX_CHARS, metavar="N", help="cut longer texts")
@@ -31,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
-    for number, path in enumerate(options.files):
-        prefix = key_of(path.stem) if len(options.files) == 1 else f"{number}-{key_of(path.stem)}"
+    for path, prefix in each_file(options.files):
         yield from read_text(path, prefix, options.field, options.unit, options.max_chars)
 
 
@@ -43,15 +41,9 @@ def read_text(
     if max_chars < 1:
         raise ValueError(f"max_chars = {max_chars}: needs at least 1")
     if path.suffix.lower() not in (".txt", ".md", ".text"):
-        for line in read_objects(path):
-            if not isinstance(line, Line):
-                yield line
-                continue
-            key = f"{prefix}/{line.number:06d}"
-            try:
-                yield from _pieces(key, text(key, field, mapping(key, "line", line.value).get(field)), max_chars)
-            except DataError as error:
-                yield problem(key, error.reason, error.message)
+        yield from each_object(
+            path, prefix, "line", lambda key, data: _pieces(key, text(key, field, data.get(field)), max_chars)
+        )
         return
     try:
         content = path.read_bytes().decode("utf-8-sig")
@@ -70,7 +62,7 @@ def text_item(key: str, words: str) -> Item:
     return Item(key, Annotations(messages=(message,)), (), "text")
 
 
-def _pieces(key: str, document: str, max_chars: int) -> Entries:
+def _pieces(key: str, document: str, max_chars: int) -> Iterator[Item]:
     for number, piece in enumerate(split_text(document, max_chars)):
         yield text_item(f"{key}-{number:02d}", piece)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.fields import fail, mapping, number, sequence, text
+from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, MediaError
-from data_pipelines.sources.coco import declared_size
 from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.pictures import resolve_media

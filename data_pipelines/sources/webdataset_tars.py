@@ -18,6 +18,7 @@ from data_pipelines.decode.short_form import expand_short_form
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.storage import LocalFile
 from data_pipelines.shards.tar import TarSample, scan_tar
+from data_pipelines.sources.inputs import add_files, each_file
 from data_pipelines.sources.item import Annotations, Entries, Grounded, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.keys import key_of
 
@@ -28,7 +29,7 @@ _SCORES = ("similarity", "clip_similarity_vitb32", "clip_similarity_vitl14", "cl
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `import webdataset`."""
-    parser.add_argument("tars", type=Path, nargs="+", metavar="TAR", help="webdataset shards")
+    add_files(parser, "webdataset shards", name="tars", metavar="TAR")
     parser.add_argument(
         "--min-score", type=float, default=0.0, metavar="S", help="GRIT: leave out boxes below this score"
     )
@@ -36,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
-    for count, path in enumerate(options.tars):
-        prefix = key_of(path.stem) if len(options.tars) == 1 else f"{count}-{key_of(path.stem)}"
+    for path, prefix in each_file(options.tars):
         yield from read_tar(path, prefix, options.min_score)
 
 
