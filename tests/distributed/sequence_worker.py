@@ -1,7 +1,7 @@
 """One rank of the tests of sequence parallelism: trains every case and writes what rank 0 saw.
 
-Usage (under torchrun): sequence_worker OUT.pt RANKS_OF_A_PACK ZERO_STAGES TRAINABLES
-Lists are separated by commas, the parts of one TRAINABLES entry by +.
+Usage (under torchrun): sequence_worker OUT.pt PACKS RANKS_OF_A_PACK ZERO_STAGES TRAINABLES
+PACKS names a function of `PACKS`. Lists are separated by commas, the parts of one TRAINABLES entry by +.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONFIG = replace(model_config(), text=TextConfig(VOCABULARY, 32, 64, 2, 4, 2, mr
 STEPS = 3
 
 
-def shared_packs(seed: int) -> list[PackedBatch]:
+def mixed_packs(seed: int) -> list[PackedBatch]:
     """Six packs: text alone, stills and clips, clips alone, no label, no sample, and many frames in one document.
 
     Halves and quarters fall inside documents and inside the features of a still and of a clip.
@@ -45,7 +45,23 @@ def shared_packs(seed: int) -> list[PackedBatch]:
     ]
 
 
-def train(world: World, ranks_of_a_pack: int, zero_stage: int, trainable: list[str]) -> dict:
+def full_pack(seed: int) -> list[PackedBatch]:
+    """One pack of 16,384 tokens: 10,000 words, then 300 stills and clips among words, then text again."""
+    generator = torch.Generator().manual_seed(200 + seed)
+    documents = [
+        document(generator, (), 10_000, 500),
+        document(generator, ("image", "video", "image") * 100, 1_000, 1_000),
+        document(generator, (), 16_384 - 10_001 - 1 - 200 * 8 - 100 * 6 - 1_000 - 1, 4),
+    ]
+    pack = collate(0, documents, SPECIAL, max_tokens=16_384)
+    assert pack.num_tokens == 16_384
+    return [pack]
+
+
+PACKS = {"mixed": mixed_packs, "full": full_pack}
+
+
+def train(world: World, kind: str, ranks_of_a_pack: int, zero_stage: int, trainable: list[str]) -> dict:
     config = EngineConfig(
         zero_stage, "fp32", param_persistence_threshold=0, prefetch_bucket_size=100_000, reduce_bucket_size=100_000
     )
@@ -54,16 +70,17 @@ def train(world: World, ranks_of_a_pack: int, zero_stage: int, trainable: list[s
         model = Qwen2VL(CONFIG, vision_checkpointing=2, text_checkpointing=2, exchange=group.exchange)
     initialise(model, seed=1, rank=world.rank)
     freeze(model, trainable)
+    accumulation = len(PACKS[kind](0)) // group.data_size
     groups = parameter_groups(model, OPTIM, CONFIG.vision.depth)
-    engine = RecordingEngine(model, groups, OPTIM, config, world, 6 // group.data_size)
+    engine = RecordingEngine(model, groups, OPTIM, config, world, accumulation)
     engine.train()
     totals = LossTotals(2, world.device)
     losses, norms = [], []
     for step in range(STEPS):
-        mine = shared_packs(step)[group.data_rank :: group.data_size] if group.reads else []
+        mine = PACKS[kind](step)[group.data_rank :: group.data_size] if group.reads else []
         train_step(engine, group.deal(mine), totals, world)
         sums, counts = totals.read(world)
-        losses.append([total / count for total, count in zip(sums, counts, strict=True)])
+        losses.append([total / max(1, count) for total, count in zip(sums, counts, strict=True)])
         norms.append(engine.gradient_norm())
     weights = dict(engine.full_tensors())
     engine.close()
@@ -71,11 +88,11 @@ def train(world: World, ranks_of_a_pack: int, zero_stage: int, trainable: list[s
 
 
 def main() -> None:
-    out, shares, zero_stages, trainables = sys.argv[1:]
+    out, kind, shares, zero_stages, trainables = sys.argv[1:]
     torch.set_num_threads(1)
     world = start_world(60)
     results = {
-        (share, stage, trainable): train(world, share, stage, trainable.split("+"))
+        (share, stage, trainable): train(world, kind, share, stage, trainable.split("+"))
         for share in map(int, shares.split(","))
         for stage in map(int, zero_stages.split(","))
         for trainable in trainables.split(",")

@@ -2,6 +2,7 @@
 
 Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the options, all optional:
     steps, packs, every, keep, keep_every, min_free_gb, resume, optimizer, zero_stage, precision, trainable, tied, clip
+    sequence_parallel
     mix: true draws each pack's kinds at random       step_s: seconds that each step sleeps
     bad_packs: {number: "loss" | "gradient"}          guard, watchdog: fields of their configurations
     fault: {"kind": "data" | "forward" | "stop" | "raise" | "diskfull", "rank": r, "step": s}
@@ -144,6 +145,7 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
         prefetch_bucket_size=100_000,
         reduce_bucket_size=100_000,
         timeout_s=120,
+        sequence_parallel=options.get("sequence_parallel", 1),
     )
     return RunConfig(
         run_dir=str(run_dir),
