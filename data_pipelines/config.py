@@ -93,6 +93,35 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
+class RemoteConfig:
+    """Shards behind URLs (`https://`, `s3://`, `gs://`, ...): read by blocks of `block_kb`, kept in `cache_dir`.
+
+    The cache takes at most `cache_mb`; a node's processes share it, and at most `max_requests` of them read at once.
+    A request ends after `timeout_s` and is repeated up to `retries` times, after `backoff_s`, twice that, and so on.
+    """
+
+    cache_dir: str = "~/.cache/qwen2vl-train/shards"
+    cache_mb: int = 10240
+    block_kb: int = 4096
+    max_requests: int = 16
+    retries: int = 6
+    backoff_s: float = 0.5
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.block_kb < 4 or self.max_requests < 1 or self.retries < 0 or self.timeout_s <= 0 or self.backoff_s < 0:
+            raise ValueError(
+                f"block_kb={self.block_kb} (at least 4), max_requests={self.max_requests} (1), retries={self.retries} "
+                f"(0), timeout_s={self.timeout_s} (above 0), backoff_s={self.backoff_s} (0): out of range"
+            )
+        if self.cache_mb * 1024 < 128 * self.block_kb:
+            raise ValueError(
+                f"cache_mb={self.cache_mb} holds fewer than 128 blocks of block_kb={self.block_kb}: "
+                f"set cache_mb to {-(-128 * self.block_kb // 1024)} or more, or lower block_kb"
+            )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """A stage's data: the mixture (name → source), the text template, budgets, packing and workers.
 
@@ -106,3 +135,4 @@ class DataConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     vision_ids: bool = False
+    remote: RemoteConfig = field(default_factory=RemoteConfig)

@@ -43,10 +43,11 @@ def open_sources(
     """
     counting = Counting(tokenizer, config.template, config.vision_ids)
     sources = [
-        SourceIndex(name, expand_shards(name, source.shards), counting) for name, source in config.sources.items()
+        SourceIndex(name, expand_shards(name, source.shards, config.remote), counting, config.remote)
+        for name, source in config.sources.items()
     ]
     shards = dict.fromkeys(shard for source in sources for shard in source.shards)
-    build_missing(list(shards), counting, processes, progress)
+    build_missing(list(shards), counting, processes, progress, config.remote)
     for source in sources:
         _check_error_rate(source, config.sources[source.name].max_error_rate)
     return sources

@@ -222,7 +222,8 @@ def _hold_settings(run: RunConfig, name: str, anew: bool) -> None:
     """
     path = Path(run.run_dir) / name / "settings.json"
     stage = asdict(run.stages[name])
-    stage["data"].pop("loader")  # workers do not change what is trained
+    for how in ("loader", "remote"):  # workers and caches do not change what is trained
+        stage["data"].pop(how)
     model = asdict(run.model.config)
     mine = json.loads(json.dumps(_flat({"seed": run.seed, "model.config": model, f"stages.{name}": stage})))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import data_pipelines
-from data_pipelines.config import MediaConfig, Template
+from data_pipelines.config import MediaConfig, RemoteConfig, Template
 from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.chat import is_truncatable, tokenize_record
 from data_pipelines.errors import DataError, ShardError
 from data_pipelines.index.read import media_refs, probe_media, read_record, with_media
 from data_pipelines.index.samples import FORMAT, IndexRow, ShardIndex, index_columns
-from data_pipelines.index.table import Array, ColumnError, Columns, write_columns
-from data_pipelines.shards.storage import ShardFile, open_shard
+from data_pipelines.index.table import Array, ColumnError, Columns, write_columns, write_whole
+from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, is_remote, open_shard, read_beside
 from data_pipelines.shards.tar import scan_tar
 
 if TYPE_CHECKING:
@@ -71,25 +71,31 @@ class Counting:
         return f"{self.template}{numbered}-{self.tokenizer.fingerprint}-{digest.hexdigest()}"
 
 
-def load_index(shard: str) -> ShardIndex:
+def load_index(shard: str, remote: RemoteConfig = REMOTE_DEFAULTS) -> ShardIndex:
     """The index of `shard`, built if it is absent or stale.
 
     Raises:
         ShardError: the shard cannot be read.
     """
-    with _opened(shard) as file:
+    with _opened(shard, remote) as file:
         return ShardIndex(_load_or_build(file, "index", {}, lambda: _build_index(file)))
 
 
-def load_text_tokens(shard: str, index: ShardIndex, counting: Counting) -> Columns:
+def load_text_tokens(
+    shard: str, index: ShardIndex, counting: Counting, remote: RemoteConfig = REMOTE_DEFAULTS
+) -> Columns:
     """The text column of `shard`: array `tokens` int32 [n], -1 where the text cannot be encoded (see its problems)."""
-    with _opened(shard) as file:
+    with _opened(shard, remote) as file:
         rows = {"rows": index.fingerprint}
         return _load_or_build(file, f"text-{counting.name}", rows, lambda: _count_text(file, index, counting))
 
 
 def build_missing(
-    shards: Sequence[str], counting: Counting | None, processes: int | None = None, progress: Progress | None = None
+    shards: Sequence[str],
+    counting: Counting | None,
+    processes: int | None = None,
+    progress: Progress | None = None,
+    remote: RemoteConfig = REMOTE_DEFAULTS,
 ) -> None:
     """Build what is absent or stale for all `shards`; `progress(shard, done, total)` is called after each.
 
@@ -99,11 +105,14 @@ def build_missing(
     Raises:
         ShardError: a shard cannot be read; the others are finished first.
     """
-    missing = [shard for shard in shards if not _is_fresh(shard, counting)]
-    size = sum(os.path.getsize(shard) for shard in missing if os.path.isfile(shard))
+    # Threads, because a remote shard takes several requests to look at; local ones are done in the same breath.
+    with ThreadPoolExecutor(remote.max_requests if any(map(is_remote, shards)) else 1) as pool:
+        sizes = list(pool.map(lambda shard: _stale_bytes(shard, counting, remote), shards))
+    missing = [shard for shard, size in zip(shards, sizes, strict=True) if size is not None]
+    large = sum(size or 0 for size in sizes) > PARALLEL_FROM_BYTES
     count = min(len(missing), len(os.sched_getaffinity(0)) if processes is None else processes)
     errors = []
-    results = _build_each(missing, counting, count if size > PARALLEL_FROM_BYTES or processes else 1)
+    results = _build_each(missing, counting, count if large or processes else 1, remote)
     for done, (shard, error) in enumerate(results, 1):
         errors += [error] if error is not None else []
         if progress is not None:
@@ -113,12 +122,12 @@ def build_missing(
 
 
 def _build_each(
-    shards: Sequence[str], counting: Counting | None, processes: int
+    shards: Sequence[str], counting: Counting | None, processes: int, remote: RemoteConfig
 ) -> Iterator[tuple[str, ShardError | None]]:
     if processes > 1:
         # Spawned, not forked: the caller may hold threads of torch or CUDA.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_build, shard, counting): shard for shard in shards}
+            futures = {pool.submit(_build, shard, counting, remote): shard for shard in shards}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         return
@@ -127,20 +136,20 @@ def _build_each(
     for shard in shards:
         with _lock(shard, wait=False) as held:
             if held:
-                yield shard, _build(shard, counting)
+                yield shard, _build(shard, counting, remote)
             else:
                 busy.append(shard)
     for shard in busy:
         with _lock(shard, wait=True):
-            yield shard, _build(shard, counting)
+            yield shard, _build(shard, counting, remote)
 
 
-def _build(shard: str, counting: Counting | None) -> ShardError | None:
+def _build(shard: str, counting: Counting | None, remote: RemoteConfig) -> ShardError | None:
     """Build both side files of one shard; an unreadable shard is returned, so that the others go on."""
     try:
-        index = load_index(shard)
+        index = load_index(shard, remote)
         if counting is not None:
-            load_text_tokens(shard, index, counting)
+            load_text_tokens(shard, index, counting, remote)
     except ShardError as error:
         return error
     return None
@@ -198,35 +207,36 @@ def _listed(problems: Sequence[DataError]) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(shard: str) -> Iterator[ShardFile]:
-    file = open_shard(shard)
+def _opened(shard: str, remote: RemoteConfig) -> Iterator[ShardFile]:
+    file = open_shard(shard, remote)
     try:
         yield file
     finally:
         file.close()
 
 
-def _places(shard: str, kind: str) -> tuple[Path, Path]:
-    """Where a side file may lie: beside the shard, or in the cache of this user."""
-    path = Path(shard).resolve()
-    beside = path.parent / ".index" / f"{path.name}.{kind}"
-    digest = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
-    return beside, SPARE_CACHE.expanduser() / f"{digest}-{path.name}.{kind}"
+def _places(shard: str, kind: str) -> list[Path]:
+    """Where a side file may lie: beside the shard, or in the cache of this user; of a remote shard only there."""
+    where = shard.partition("?")[0] if is_remote(shard) else str(Path(shard).resolve())
+    name = f"{os.path.basename(where)}.{kind}"
+    digest = hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
+    spare = SPARE_CACHE.expanduser() / f"{digest}-{name}"
+    return [spare] if is_remote(shard) else [Path(where).parent / ".index" / name, spare]
 
 
 def _load_or_build(file: ShardFile, kind: str, facts: dict[str, Any], build: Callable[[], Built]) -> Columns:
     identity = {"format": FORMAT, "size": file.size, "tag": file.tag(), **facts}
-    fresh = _find(file.name, kind, identity)
+    fresh = _find(file.name, kind, identity) or _find_published(file, kind, identity)
     if fresh is not None:
         return fresh
     arrays, meta = build()
-    beside, spare = _places(file.name, kind)
-    try:
-        write_columns(beside, arrays, {**meta, **identity})
-        return Columns(beside)
-    except OSError:  # a read-only data set
-        write_columns(spare, arrays, {**meta, **identity})
-        return Columns(spare)
+    *beside, spare = _places(file.name, kind)
+    for path in beside:
+        with suppress(OSError):  # a read-only data set
+            write_columns(path, arrays, {**meta, **identity})
+            return Columns(path)
+    write_columns(spare, arrays, {**meta, **identity})
+    return Columns(spare)
 
 
 def _find(shard: str, kind: str, identity: dict[str, Any]) -> Columns | None:
@@ -241,17 +251,30 @@ def _find(shard: str, kind: str, identity: dict[str, Any]) -> Columns | None:
     return None
 
 
-def _is_fresh(shard: str, counting: Counting | None) -> bool:
+def _find_published(file: ShardFile, kind: str, identity: dict[str, Any]) -> Columns | None:
+    """A side file that was uploaded with a remote shard (`.index/` beside it), copied into the cache; or None."""
+    if not is_remote(file.name):
+        return None
+    data = read_beside(file, f".index/{os.path.basename(file.name)}.{kind}")
+    if data is None:
+        return None
+    (path,) = _places(file.name, kind)
+    write_whole(path, data)
+    return _find(file.name, kind, identity)
+
+
+def _stale_bytes(shard: str, counting: Counting | None, remote: RemoteConfig) -> int | None:
+    """The size of a shard whose side files are absent or stale; None: they are fresh; 0: it cannot be read."""
     try:
-        with _opened(shard) as file:
+        with _opened(shard, remote) as file:
             identity = {"format": FORMAT, "size": file.size, "tag": file.tag()}
             index = _find(shard, "index", identity)
             if index is None or counting is None:
-                return index is not None
+                return file.size if index is None else None
             identity["rows"] = ShardIndex(index).fingerprint
-            return _find(shard, f"text-{counting.name}", identity) is not None
+            return None if _find(shard, f"text-{counting.name}", identity) else file.size
     except ShardError:
-        return False
+        return 0
 
 
 @contextmanager

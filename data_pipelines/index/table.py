@@ -84,6 +84,11 @@ def write_columns(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, An
     """Write `path` so that a reader sees the whole file or the one before; two writers do not disturb each other."""
     # safetensors sorts by alignment, so every array begins at a multiple of its item size.
     data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"index": json.dumps(meta)})
+    write_whole(path, data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` so that the file at `path` is the old one, or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -43,6 +43,8 @@ class PackReader(Dataset[PackedBatch]):
         """The batch of `pack`; its `skipped` samples are left out and reported."""
         documents, events = [], list(pack.events)
         skipped = {number: (reason, message) for number, reason, message in pack.skipped}
+        for source, wanted in enumerate(self.sources):
+            wanted.prefetch([(item.shard, item.row) for item in pack.items if item.source == source])
         for number, item in enumerate(pack.items):
             name = self.sources[item.source].name
             if number in skipped:

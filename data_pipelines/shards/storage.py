@@ -1,13 +1,12 @@
 """Where shards lie: a file that is read by (offset, size), and the list of files that a pattern names.
 
-Enters: paths, globs and brace ranges. Leaves: bytes of exactly the size asked for. Costs one `pread` a read; file
-positions are never shared, so a `ShardFile` serves any number of threads and forked workers.
+Enters: paths and URLs, globs and brace ranges. Leaves: bytes of exactly the size asked for. Costs one `pread` a read
+(for URLs see `remote`); file positions are never shared, so a `ShardFile` serves any number of threads and workers.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 from collections import OrderedDict
@@ -15,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
+from data_pipelines.shards.tag import content_tag
 
-_TAG_BLOCK = 4096
-_TAG_PLACES = 4
+REMOTE_DEFAULTS = RemoteConfig()
 
 
 class ShardFile(Protocol):
@@ -70,7 +70,7 @@ class LocalFile:
 
     def tag(self) -> str:
         """A hash of the size and of four 4 KiB blocks from start to end: copies keep it, other content changes it."""
-        return content_tag(self)
+        return content_tag(self.size, self.read)
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
@@ -79,37 +79,50 @@ class LocalFile:
             self._descriptor = -1
 
 
-def content_tag(file: ShardFile) -> str:
-    """blake2b over the size and four evenly spaced 4 KiB blocks of `file`, as 16 hex digits."""
-    digest = hashlib.blake2b(str(file.size).encode(), digest_size=8)
-    last = max(0, file.size - _TAG_BLOCK)
-    for place in range(_TAG_PLACES):
-        offset = last * place // (_TAG_PLACES - 1)
-        digest.update(file.read(offset, min(_TAG_BLOCK, file.size - offset)))
-    return digest.hexdigest()
+def is_remote(path: str) -> bool:
+    """Whether a shard is read through fsspec: a URL of any scheme but `file://`."""
+    return "://" in path and not path.startswith("file://")
 
 
-def open_shard(path: str) -> ShardFile:
-    """Open a shard for reading.
+def open_shard(path: str, remote: RemoteConfig = REMOTE_DEFAULTS) -> ShardFile:
+    """Open a shard for reading; `remote` says how, if it is a URL.
 
     Raises:
         ShardError: it does not exist or cannot be read; the message holds its path.
     """
-    return LocalFile(path)
+    if is_remote(path):
+        from data_pipelines.shards.remote import RemoteFile  # fsspec and aiohttp load only where they are needed
+
+        return RemoteFile(path, remote)
+    return LocalFile(path.removeprefix("file://"))
+
+
+def read_beside(file: ShardFile, name: str) -> bytes | None:
+    """The file `name`, relative to a remote shard's folder; None where there is none."""
+    from data_pipelines.shards.remote import RemoteFile
+
+    return file.read_beside(name) if isinstance(file, RemoteFile) else None
+
+
+def fetch_ranges(ranges: Sequence[tuple[ShardFile, int, int]], remote: RemoteConfig) -> None:
+    """Bring (file, offset, size) of remote files into the cache, side by side; what fails is told when it is read."""
+    from data_pipelines.shards.remote import RemoteFile, fetch_all
+
+    fetch_all([(file, at, size) for file, at, size in ranges if isinstance(file, RemoteFile)], remote.max_requests)
 
 
 class OpenShards:
     """At most `limit` shards kept open, the least recently used closed first. Not shared between threads."""
 
-    def __init__(self, limit: int = 64) -> None:
-        self._limit = limit
+    def __init__(self, limit: int = 64, remote: RemoteConfig = REMOTE_DEFAULTS) -> None:
+        self._limit, self._remote = limit, remote
         self._open: OrderedDict[str, ShardFile] = OrderedDict()
 
     def get(self, path: str) -> ShardFile:
         """The open file of `path`."""
         file = self._open.get(path)
         if file is None:
-            file = self._open[path] = open_shard(path)
+            file = self._open[path] = open_shard(path, self._remote)
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)[1].close()
         else:
@@ -122,26 +135,35 @@ class OpenShards:
             self._open.popitem()[1].close()
 
 
-def expand_shards(source: str, patterns: Sequence[str]) -> list[str]:
+def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = REMOTE_DEFAULTS) -> list[str]:
     """The shards that `patterns` name, sorted, each once. A pattern is a path, a glob, or holds ranges `{0000..0099}`.
+
+    URLs may hold all of these, too; one without a glob is taken as it is, and missed when it is opened.
 
     Raises:
         ShardError: a pattern names no file: a mixture that silently lacks a source would train on something else.
     """
     found: set[str] = set()
     for pattern in patterns:
-        for path in expand_braces(os.path.expanduser(pattern)):
-            matches = (
-                [path] if os.path.isfile(path) else [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-            )
+        for path in expand_braces(os.path.expanduser(pattern.removeprefix("file://"))):
+            matches = _matches(path, remote)
             if not matches:
-                raise ShardError(
-                    source, "no_shards", f"source {source!r}: no shard matches {path!r}{_nearest_folder(path)}"
-                )
+                where = "" if is_remote(path) else _nearest_folder(path)
+                raise ShardError(source, "no_shards", f"source {source!r}: no shard matches {path!r}{where}")
             found.update(matches)
     if not found:
         raise ShardError(source, "no_shards", f"source {source!r} names no shards: give paths or globs of tar files")
     return sorted(found)
+
+
+def _matches(path: str, remote: RemoteConfig) -> list[str]:
+    if is_remote(path):
+        if "*" not in path and "[" not in path:
+            return [path]
+        from data_pipelines.shards.connection import list_urls
+
+        return list_urls(path, remote)
+    return [path] if os.path.isfile(path) else [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
 
 
 def expand_braces(pattern: str) -> list[str]:

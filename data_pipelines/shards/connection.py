@@ -1,0 +1,172 @@
+"""Requests through fsspec: one file system a process, what is tried again, what is given up.
+
+Enters: URLs and `RemoteConfig`. Leaves: file systems, listings, whole bodies; errors with the URL but not its query.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+
+from data_pipelines.config import RemoteConfig
+from data_pipelines.errors import ShardError
+
+T = TypeVar("T")
+WEB = ("http", "https")
+_MAX_PAUSE_S = 30.0
+_QUERY = re.compile(r"\?[^\s'\"]*")  # of a URL: signatures and tokens stay out of messages
+_PASSING = (408, 425, 429)  # and all from 500 on
+_LASTING = (
+    FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError, TypeError,
+)  # fmt: skip
+
+
+def public_name(url: str) -> str:
+    """The URL without its query, which may hold a signature."""
+    return url.partition("?")[0]
+
+
+def is_web(url: str) -> bool:
+    """Whether the URL is http or https."""
+    return urlsplit(url).scheme in WEB
+
+
+def filesystem_of(url: str, config: RemoteConfig) -> tuple[Any, str]:
+    """The process's file system for `url`, and the path in it.
+
+    Raises:
+        ShardError: no plugin of fsspec reads such URLs.
+    """
+    scheme = urlsplit(url).scheme
+    try:
+        files = _filesystem("http" if is_web(url) else scheme, config.timeout_s, os.getpid())
+    except (ValueError, ImportError) as error:
+        raise ShardError(public_name(url), "no_plugin", f"{scheme}:// cannot be read: {error}") from error
+    return files, files._strip_protocol(url)
+
+
+def call(url: str, config: RemoteConfig, method: str, **arguments: Any) -> Any:
+    """A method of the file system for `url`, under the deadline where the plugin is asynchronous."""
+    files, path = filesystem_of(url, config)
+    if files.async_impl:
+        arguments["timeout"] = config.timeout_s
+    return getattr(files, method)(path, **arguments)
+
+
+@cache
+def _filesystem(scheme: str, timeout_s: float, process: int) -> Any:
+    """One file system a scheme and process: connections and event loops do not survive a fork.
+
+    Its parent's stays in this cache of a forked worker on purpose. Dropped there, it would close its sockets and take
+    them out of the parent's epoll set, and the parent's next request would wait for ever.
+    """
+    options: dict[str, Any] = {}
+    if scheme == "http":
+        import aiohttp
+
+        # Whole shards take longer than aiohttp's five minutes, so the deadline is for each wait on the connection;
+        # ranges have their own for the whole request.
+        waits = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        options["client_kwargs"] = {"timeout": waits, "trust_env": True}
+    return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+
+
+def attempt(request: Callable[[], T], config: RemoteConfig, give_up: Callable[[str], ShardError]) -> T:
+    """The result of `request`, repeated while what goes wrong may pass; `give_up(explanation)` is raised in the end."""
+    failures = 0
+    while True:
+        try:
+            return request()
+        except ShardError:
+            raise
+        except Exception as error:  # plugins raise what they like
+            failures += 1
+            if failures > config.retries or not _is_passing(error):
+                tries = f" ({failures} attempts)" if failures > 1 else ""
+                raise give_up(_explain(error) + tries) from error
+        time.sleep(_pause_s(failures, config))
+
+
+def _pause_s(failures: int, config: RemoteConfig) -> float:
+    """Seconds before the next attempt: doubled each time, and spread so that processes do not come back together."""
+    return float(min(_MAX_PAUSE_S, config.backoff_s * 2 ** (failures - 1)) * random.SystemRandom().uniform(0.5, 1.5))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What fsspec hides behind "file not found": a refused connection, a 503."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_passing(error: BaseException) -> bool:
+    cause = _cause(error)
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return status in _PASSING or status >= 500
+    return not isinstance(cause, _LASTING)
+
+
+def _explain(error: BaseException) -> str:
+    cause = _cause(error)
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
+    return _QUERY.sub("", f"{type(cause).__name__}: {cause}").rstrip(": ")
+
+
+def list_urls(pattern: str, config: RemoteConfig) -> list[str]:
+    """The URLs that a glob matches; on the web, among the links of the folder's page.
+
+    Raises:
+        ShardError: the folder cannot be listed.
+    """
+    files, path = filesystem_of(pattern, config)
+    found = attempt(
+        lambda: files.glob(path),
+        config,
+        lambda error: ShardError(public_name(pattern), "no_shards", f"cannot be listed: {error}"),
+    )
+    return [url if "://" in url else str(files.unstrip_protocol(url)) for url in found]
+
+
+def stream_whole(url: str, config: RemoteConfig, offset: int = 0) -> Iterator[bytes]:
+    """The bytes from `offset` on by one plain request; after a cut it begins anew and passes over what came before.
+
+    Raises:
+        ShardError: no progress in all attempts.
+    """
+    name = public_name(url)
+    position, failures = offset, 0
+    while True:
+        try:
+            for chunk in _chunks(url, config, position):
+                position, failures = position + len(chunk), 0
+                yield chunk
+            return
+        except Exception as error:
+            failures += 1
+            if failures > config.retries or not _is_passing(error):
+                raise ShardError(name, "read_failed", f"at byte {position}: {_explain(error)}") from error
+            time.sleep(_pause_s(failures, config))
+
+
+def _chunks(url: str, config: RemoteConfig, skip: int) -> Iterator[bytes]:
+    """The body of one request, without its first `skip` bytes."""
+    files, path = filesystem_of(url, config)
+    # Of the web, a plain body (a size spares the question for it, and is not used); of others, their own buffered file.
+    plain = {"block_size": 0, "size": 1} if is_web(url) else {}
+    with closing(files.open(path, "rb", **plain)) as stream:
+        while chunk := stream.read(config.block_kb << 10):
+            if skip < len(chunk):
+                yield chunk[skip:]
+            skip = max(0, skip - len(chunk))

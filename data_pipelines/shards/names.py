@@ -1,0 +1,39 @@
+"""What a shard's name says: a tar, or a JSON-lines file with the folder of its media.
+
+web-00000.tar                      a webdataset tar
+train.jsonl                        records, one a line; they name media relative to the file's own folder
+train.jsonl::/data/images          the same, media relative to /data/images
+"""
+
+from __future__ import annotations
+
+import os
+
+LINES_EXTENSIONS = (".jsonl", ".ndjson")
+_SEPARATOR = "::"
+
+
+def is_lines(shard: str) -> bool:
+    """Whether `shard` is a file of JSON lines with its media beside it, rather than a tar."""
+    return split_name(shard)[0].lower().endswith(LINES_EXTENSIONS)
+
+
+def split_name(shard: str) -> tuple[str, str]:
+    """The file of a shard, and what its name says after it ("" or "::FOLDER").
+
+    >>> split_name("train.jsonl::/data/images")
+    ('train.jsonl', '::/data/images')
+    """
+    path, separator, folder = shard.partition(_SEPARATOR)
+    return (path, separator + folder) if path.lower().endswith(LINES_EXTENSIONS) else (shard, "")
+
+
+def file_of(shard: str) -> str:
+    """The path of the shard's own file."""
+    return split_name(shard)[0]
+
+
+def media_root(shard: str) -> str:
+    """The folder below which the lines of `shard` name their media."""
+    path, rest = split_name(shard)
+    return os.path.expanduser(rest.removeprefix(_SEPARATOR)) if rest else os.path.dirname(path) or "."
