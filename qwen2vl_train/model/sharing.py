@@ -42,18 +42,20 @@ class Sharing:
         copies = math.lcm(key.shape[1], ranks) // key.shape[1]
         if copies > 1:
             key, value = (heads.repeat_interleave(copies, dim=1) for heads in (key, value))
-        shares = [heads.unflatten(1, (ranks, heads.shape[1] // ranks)) for heads in (query, key, value)]
+        shares = [
+            heads.reshape(len(heads), ranks, heads.shape[1] // ranks, heads.shape[2]) for heads in (query, key, value)
+        ]
         # [N, T_r, heads of one rank, d]: in one exchange, what goes to a rank lies together
         outgoing = torch.cat(shares, dim=2).transpose(0, 1).flatten(0, 1)
         rows = self.exchange(outgoing, [tokens[self.own.rank]] * ranks, tokens)
-        return rows.split([share.shape[2] for share in shares], dim=1)
+        return torch.split(rows, [share.shape[2] for share in shares], dim=1)
 
     def to_tokens(self, mixed: Tensor) -> Tensor:
         """[T, H / N, d] -> [T_r, H, d]."""
         tokens = self.own.slice_tokens
         ranks, count = len(tokens), tokens[self.own.rank]
         rows = self.exchange(mixed, tokens, [count] * ranks)
-        return rows.unflatten(0, (ranks, count)).transpose(0, 1).flatten(1, 2)
+        return rows.reshape(ranks, count, *rows.shape[1:]).transpose(0, 1).flatten(1, 2)
 
     def deliver(self, features: Tensor) -> Tensor:
         """Features of this rank's frames [P_r / 4, D] -> those that its tokens take, in the order of `vision_index`."""

@@ -66,8 +66,8 @@ class SequenceGroup:
         if size == 1:
             return place
         limit = timedelta(seconds=timeout_s)
-        devices, _ = dist.new_subgroups(size, timeout=limit)
-        hosts, _ = dist.new_subgroups(size, timeout=limit, backend="gloo")
+        devices, _ = dist.new_subgroups(size, timeout=limit)  # type: ignore[no-untyped-call]
+        hosts, _ = dist.new_subgroups(size, timeout=limit, backend="gloo")  # type: ignore[no-untyped-call]
         return replace(place, devices=devices, hosts=hosts)
 
     @property
