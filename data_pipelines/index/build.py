@@ -30,11 +30,12 @@ from data_pipelines.config import MediaConfig, RemoteConfig, Template
 from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.chat import is_truncatable, tokenize_record
 from data_pipelines.errors import DataError, ShardError
-from data_pipelines.index.read import media_refs, probe_media, read_record, with_media
+from data_pipelines.index.layout import measure_sample, read_sample, scan_shard
+from data_pipelines.index.read import media_refs
 from data_pipelines.index.samples import FORMAT, IndexRow, ShardIndex, index_columns
 from data_pipelines.index.table import Array, ColumnError, Columns, write_columns, write_whole
+from data_pipelines.shards.names import split_name
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, is_remote, open_shard, read_beside
-from data_pipelines.shards.tar import scan_tar
 
 if TYPE_CHECKING:
     from data_pipelines.tokenizer import TextTokenizer
@@ -45,7 +46,7 @@ Built = tuple[dict[str, Array], dict[str, Any]]
 PARALLEL_FROM_BYTES = 256 << 20
 MAX_LISTED_PROBLEMS = 1000
 SPARE_CACHE = Path("~/.cache/qwen2vl-train/index")
-_COUNTED_BY = ("decode/*.py", "encode/chat.py", "encode/boxes.py", "index/read.py", "tokenizer.py")
+_COUNTED_BY = ("decode/*.py", "encode/chat.py", "encode/boxes.py", "index/read.py", "index/lines.py", "tokenizer.py")
 
 
 @dataclass(frozen=True)
@@ -162,18 +163,16 @@ def _build_index(file: ShardFile) -> Built:
 
 
 def _index_samples(file: ShardFile, clips: ClipDecoder) -> Built:
-    scan = scan_tar(file)
+    scan = scan_shard(file)
     problems: list[DataError] = list(scan.problems)
     rows = []
     for sample in scan.samples:
         try:
-            record = read_record(sample.key, sample.members, file)
-            facts = probe_media(record, sample.members, file, clips)
-            record = with_media(record, facts)
+            record = measure_sample(sample.key, sample.members, file, clips)
         except DataError as error:
             problems.append(error)
             continue
-        medias = [(facts[ref.name], ref) for ref in media_refs(record)]
+        medias = [(record.media[ref.name], ref) for ref in media_refs(record)]
         rows.append(IndexRow(sample.key, record.task, sample.members, medias))
     arrays, meta = index_columns(rows)
     return arrays, {**meta, **_listed(problems)}
@@ -188,7 +187,7 @@ def _count_text(file: ShardFile, index: ShardIndex, counting: Counting) -> Built
         key = index.key(row)
         facts = {media.name: media for media, _ in index.media(row)}
         try:
-            record = with_media(read_record(key, index.members(row), file), facts)
+            record, _ = read_sample(key, index.members(row), file, facts)
             tokenized = tokenize_record(record, counting.tokenizer, counting.template, facts, counting.vision_ids)
             tokens[row] = tokenized.text_tokens
             truncatable[row] = is_truncatable(record)
@@ -217,6 +216,9 @@ def _opened(shard: str, remote: RemoteConfig) -> Iterator[ShardFile]:
 
 def _places(shard: str, kind: str) -> list[Path]:
     """Where a side file may lie: beside the shard, or in the cache of this user; of a remote shard only there."""
+    shard, root = split_name(shard)
+    if root:  # the same lines with media in another folder have an index of their own
+        kind = f"{hashlib.blake2b(root.encode(), digest_size=4).hexdigest()}.{kind}"
     where = shard.partition("?")[0] if is_remote(shard) else str(Path(shard).resolve())
     name = f"{os.path.basename(where)}.{kind}"
     digest = hashlib.blake2b(where.encode(), digest_size=8).hexdigest()

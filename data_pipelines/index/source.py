@@ -17,10 +17,11 @@ from functools import cached_property
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.index.build import Counting, load_index, load_text_tokens
-from data_pipelines.index.read import read_member, read_record, with_media
+from data_pipelines.index.layout import read_sample
 from data_pipelines.index.samples import ShardIndex
 from data_pipelines.index.table import Array
 from data_pipelines.samples import Media, MediaRef, Record
+from data_pipelines.shards.names import file_of
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, OpenShards, fetch_ranges, is_remote
 from data_pipelines.shards.tar import BLOCK
 
@@ -117,8 +118,7 @@ class SourceIndex:
         index = self.table(shard).index
         file = self._files.get(self.shards[shard])
         key, members = index.key(row), index.members(row)
-        record = with_media(read_record(key, members, file), {media.name: media for media, _ in index.media(row)})
-        return record, lambda name: read_member(key, name, members[name], file)
+        return read_sample(key, members, file, {media.name: media for media, _ in index.media(row)})
 
     def records(self) -> Iterator[tuple[str, Record, tuple[tuple[Media, MediaRef], ...], ReadMember]]:
         """Every usable sample in shard and tar order: (key, record, media in document order, member reader)."""
@@ -150,8 +150,8 @@ class SourceIndex:
     def _size(self, shard: int) -> int:
         """Bytes of a shard; of a remote one as indexed, which spares a request."""
         path = self.shards[shard]
-        return int(self.table(shard).index.columns.meta["size"]) if is_remote(path) else os.path.getsize(path)
+        return int(self.table(shard).index.columns.meta["size"]) if is_remote(path) else os.path.getsize(file_of(path))
 
 
 def _base_name(shard: str) -> str:
-    return os.path.basename(shard.partition("?")[0] if is_remote(shard) else shard)
+    return os.path.basename(shard.partition("?")[0] if is_remote(shard) else file_of(shard))

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
+from data_pipelines.shards.names import file_of, split_name
 from data_pipelines.shards.tag import content_tag
 
 REMOTE_DEFAULTS = RemoteConfig()
@@ -46,7 +47,7 @@ class LocalFile:
     def __init__(self, path: str) -> None:
         self.name = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(file_of(path), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ShardError(path, "unreadable_shard", f"cannot be opened: {error.strerror}") from error
         self.size = os.fstat(self._descriptor).st_size
@@ -163,7 +164,9 @@ def _matches(path: str, remote: RemoteConfig) -> list[str]:
         from data_pipelines.shards.connection import list_urls
 
         return list_urls(path, remote)
-    return [path] if os.path.isfile(path) else [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+    path, root = split_name(path)
+    found = [path] if os.path.isfile(path) else [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+    return [match + root for match in found]
 
 
 def expand_braces(pattern: str) -> list[str]:

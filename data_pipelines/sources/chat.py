@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.chat_forms import read_chat
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.inputs import add_files, each_file, each_object
 from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "chats as JSON or JSON lines: ShareGPT, LLaVA, LLaMA-Factory, OpenAI messages, alpaca"
 

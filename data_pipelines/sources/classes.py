@@ -10,11 +10,11 @@ from pathlib import Path
 
 from data_pipelines.decode.fields import mapping, text
 from data_pipelines.errors import DataError, RecordError
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.inputs import media_in
 from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "pictures in one folder per class (ImageNet, ImageFolder)"
 

@@ -19,12 +19,12 @@ from data_pipelines.decode.fields import fail, mapping, sequence, text
 from data_pipelines.decode.members import media_kind
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.chat import chat_item
 from data_pipelines.sources.inputs import media_in
 from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, Question, problem
 from data_pipelines.sources.json_files import Line, read_json, read_objects
 from data_pipelines.sources.keys import key_of
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "a folder of clips with captions (CSV, JSON, or a text file beside each clip)"
 

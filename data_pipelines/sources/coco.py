@@ -16,10 +16,10 @@ from typing import Any
 from data_pipelines.decode.fields import coordinates, mapping, sequence, text
 from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.compose import unique_objects
 from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "COCO instances and captions: one document a picture with captions, boxes and referring questions"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from data_pipelines.errors import DataError, RecordError
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.item import Annotations, Box, Entries, Grounded, Item, MediaSource, problem
 from data_pipelines.sources.keys import key_of
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "Flickr30k Entities: captions whose phrases have boxes"
 MAX_XML_BYTES = 4 << 20

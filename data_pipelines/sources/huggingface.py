@@ -33,6 +33,7 @@ from data_pipelines.decode.grid_tags import split_grid_tags
 from data_pipelines.decode.tags import place_media
 from data_pipelines.errors import DataError, MediaError
 from data_pipelines.samples import MediaKind
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.compose import text_part, unique_objects
 from data_pipelines.sources.item import (
     Annotations,
@@ -45,7 +46,6 @@ from data_pipelines.sources.item import (
     TextLine,
     problem,
 )
-from data_pipelines.sources.pictures import resolve_media
 from data_pipelines.sources.quads import read_corners
 from data_pipelines.sources.vqa import best_answer
 

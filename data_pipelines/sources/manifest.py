@@ -22,13 +22,13 @@ from data_pipelines.decode.fields import coordinates, fail, mapping, sequence, t
 from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError
 from data_pipelines.samples import LedgerEvent, MediaKind
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.chat import chat_item, read_chats
 from data_pipelines.sources.compose import unique_objects
 from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
 from data_pipelines.sources.ocr import page_annotations
-from data_pipelines.sources.pictures import resolve_media
 from data_pipelines.sources.text import read_text
 from data_pipelines.sources.vqa import read_question
 from data_pipelines.sources.webdataset_tars import read_tar

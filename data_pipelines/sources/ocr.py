@@ -20,11 +20,11 @@ from typing import Any
 from data_pipelines.decode.fields import fail, mapping, sequence, text
 from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.inputs import add_files, each_file, each_object, media_in
 from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, TextLine, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
-from data_pipelines.sources.pictures import resolve_media
 from data_pipelines.sources.quads import clockwise, read_corners
 
 HELP = "OCR pages: JSON manifests (text + quads), or folders as of SROIE and ICDAR 2015"

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,32 +151,6 @@ def _turn_point(x: float, y: float, width: int, height: int, orientation: int) -
     if orientation in (2, 3, 6, 7):
         x = width - x
     return x, y
-
-
-def resolve_media(name: object, root: Path, beside: Path | None, key: str) -> Path:
-    """The file that an annotation names, looked for under `root`, then in the folder `beside` where that is inside.
-
-    Raises:
-        MediaError: URLs, absolute paths, NUL characters, and whatever leaves `root`, links included ("unsafe_path");
-            what does not exist or is no regular file ("missing_media").
-    """
-    if not isinstance(name, str) or not name:
-        raise MediaError(key, "missing_media", f"media name {shown(name)}: needs a relative path")
-    if "://" in name or "\0" in name or name.startswith(("/", "~")) or "\\" in name:
-        raise MediaError(key, "unsafe_path", f"media name {shown(name)}: needs a relative path under the media folder")
-    top, unsafe = root.resolve(), False
-    for folder in (root,) if beside is None else (root, beside):
-        try:
-            path = (folder / name).resolve()  # follows links: one that leads outside is refused like any such path
-            if not path.is_relative_to(top):
-                unsafe = True
-            elif stat.S_ISREG(path.stat().st_mode):
-                return path
-        except (OSError, ValueError, RuntimeError):
-            continue
-    if unsafe:
-        raise MediaError(key, "unsafe_path", f"media name {shown(name)} leads outside the media folder")
-    raise MediaError(key, "missing_media", f"{shown(name)}: no such file under the media folder")
 
 
 def media_bytes(source: MediaSource) -> int:

@@ -25,9 +25,9 @@ from data_pipelines.decode.fields import coordinates, fail, mapping, sequence, t
 from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.item import Annotations, Box, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "RefCOCO, RefCOCO+, RefCOCOg: expression → box and box → expression"
 

@@ -17,9 +17,9 @@ from typing import Any
 from data_pipelines.decode.fields import fail, mapping, number, sequence, text
 from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, MediaError
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "Visual Genome region descriptions: box → phrase and phrase → box"
 

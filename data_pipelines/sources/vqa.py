@@ -22,10 +22,10 @@ from typing import Any
 
 from data_pipelines.decode.fields import fail, mapping, sequence, text
 from data_pipelines.errors import DataError, RecordError
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, Question, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
-from data_pipelines.sources.pictures import resolve_media
 
 HELP = "questions and answers about pictures: VQAv2, OK-VQA, A-OKVQA, GQA, DocVQA, TextVQA"
 _CONFIDENCE = {"yes": 1.0, "maybe": 0.5, "no": 0.01}

@@ -8,8 +8,8 @@ import pytest
 from data_pipelines.decode.image import decode_image, image_orientation
 from data_pipelines.errors import MediaError
 from data_pipelines.samples import Region
+from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.item import Annotations, Item, Labelled, MediaSource
-from data_pipelines.sources.pictures import resolve_media
 
 # Where the box (4, 2, 10, 8) of the unturned 40 x 20 picture lies once its orientation is applied, by hand:
 # mirrored x: 40 - 10 = 30, 40 - 4 = 36; flipped y: 20 - 8 = 12, 20 - 2 = 18; 5..8 swap the axes.
