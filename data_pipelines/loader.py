@@ -12,7 +12,7 @@ A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,7 @@ from data_pipelines.ledger import LOSSLESS
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.workers import WorkerPool, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
+from data_pipelines.plan.change import SourceFacts, carry_over
 from data_pipelines.plan.mixture import mixture_phases
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.samples import PackedBatch
@@ -31,6 +32,7 @@ from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
 STATE_VERSION = 1
+SOURCE = "source "
 
 
 def open_sources(
@@ -135,8 +137,10 @@ class PackLoader:
         """State after the last step handed out: JSON-able, the same on every rank, readable under any world size."""
         return {"version": STATE_VERSION, "identity": self._identity(), "plan": self._state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], accept_changes: bool = False) -> list[str]:
         """Continue after the step at which `state` was taken; call it before iterating.
+
+        `accept_changes` allows other weights, sources and shards than the state's; what restarts is returned, in words.
 
         Raises:
             ValueError: the state belongs to other data, budgets or seed; the message names what differs.
@@ -145,13 +149,20 @@ class PackLoader:
             raise ValueError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")
         mine, theirs = self._identity(), state["identity"]
         changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-        if changed:
+        other = [name for name in changed if not (accept_changes and name.startswith(SOURCE))]
+        if other:
             listed = "; ".join(f"{name}: was {theirs.get(name)}, is {mine.get(name)}" for name in changed)
+            only_sources = all(name.startswith(SOURCE) for name in changed)
+            remedy = ", set data_change=accept to go on with the data as it is now" if only_sources else ""
             raise ValueError(
-                f"cannot continue the data exactly, the settings differ: {listed}. Restore them, or start anew"
+                f"cannot continue the data exactly, the settings differ: {listed}. Restore them{remedy}, or start anew"
             )
-        self._planner.load_state_dict(state["plan"])
+        plan, notes = state["plan"], list[str]()
+        if changed:
+            plan, notes = carry_over(plan, _source_facts(theirs), _source_facts(mine), self._planner.phases)
+        self._planner.load_state_dict(plan)
         self._state = self._planner.state_dict()
+        return notes
 
     def close(self) -> None:
         """End the workers. Iterating again starts them anew from the current state."""
@@ -206,7 +217,12 @@ class PackLoader:
             "plan": repr(config.plan),
             "cost": repr(self._cost) if config.plan.packing == "balanced" else None,
             **{
-                f"source {source.name}": [len(source.shards), source.fingerprint, repr(mixture[source.name])]
+                f"{SOURCE}{source.name}": [len(source.shards), source.fingerprint, repr(mixture[source.name])]
                 for source in self._sources
             },
         }
+
+
+def _source_facts(identity: Mapping[str, Any]) -> dict[str, SourceFacts]:
+    """The sources of a loader's identity, in order."""
+    return {key.removeprefix(SOURCE): SourceFacts(*facts) for key, facts in identity.items() if key.startswith(SOURCE)}

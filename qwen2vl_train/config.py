@@ -249,7 +249,10 @@ class EvaluationConfig:
 @with_config(ConfigDict(extra="forbid"))  # the nested dataclasses inherit it
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: the chain of stages and everything they share. `chain` names the stages to run, in order."""
+    """A whole run: the chain of stages and everything they share. `chain` names the stages to run, in order.
+
+    `data_change` "accept" lets a begun stage go on with other weights, sources or shards, and says what restarts.
+    """
 
     run_dir: str
     seed: int
@@ -264,6 +267,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     resume: str = "auto"
+    data_change: Literal["error", "accept"] = "error"
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self) -> None:

@@ -230,13 +230,18 @@ def _hold_settings(run: RunConfig, name: str, anew: bool) -> None:
     if path.is_file() and not anew:
         held = json.loads(path.read_text())
         changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
+        sources = f"stages.{name}.data.sources."
+        if run.data_change == "accept":
+            changed = [key for key in changed if not key.startswith(sources)]
         if changed:
+            accept = ", set data_change=accept" if all(key.startswith(sources) for key in changed) else ""
             listed = "; ".join(f"{key}: was {held.get(key)}, is {mine.get(key)}" for key in changed[:10])
             raise ConfigError(
-                f"{path.parent} was begun with other settings ({listed}). Restore them, choose another run_dir, or "
-                f"start the stage anew with stage={name} resume=none"
+                f"{path.parent} was begun with other settings ({listed}). Restore them{accept}, choose another "
+                f"run_dir, or start the stage anew with stage={name} resume=none"
             )
-    write_json(path, mine)
+    if not (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
+        write_json(path, mine)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Pack:
 class Planner:
     """Makes packs one after the other. `number` is that of the next pack, `tokens` how many the packs so far hold.
 
+    `phases` are the mixture's weights over training.
+
     Raises (from `next_pack` too):
         ShardError: a source without one usable sample, with the reasons.
     """
@@ -60,7 +62,7 @@ class Planner:
         cost: PackCost | None = None,
     ) -> None:
         self.number = self.tokens = 0
-        self._phases, self._plan, self._cost = phases, plan, cost
+        self.phases, self._plan, self._cost = phases, plan, cost
         self._phase = 0
         self._mixture = Mixture(phases[0].weights)
         self._packer = self._new_packer(None)
@@ -72,9 +74,9 @@ class Planner:
 
     def next_pack(self) -> Pack:
         """The pack `number`; the number advances."""
-        if self._phase + 1 < len(self._phases) and self.tokens >= self._phases[self._phase + 1].from_tokens:
+        if self._phase + 1 < len(self.phases) and self.tokens >= self.phases[self._phase + 1].from_tokens:
             self._phase += 1
-            self._mixture = Mixture(self._phases[self._phase].weights)
+            self._mixture = Mixture(self.phases[self._phase].weights)
             self._items = self._draw_items()
         items = self._packer.next_pack(self._items)
         events, self._shared.events[:] = tuple(self._shared.events), []
@@ -98,7 +100,7 @@ class Planner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the same sources, budgets and seed are the caller's to check."""
         self.number, self.tokens, self._phase = state["number"], state["tokens"], state["phase"]
-        self._mixture = Mixture(self._phases[self._phase].weights, state["drawn"])
+        self._mixture = Mixture(self.phases[self._phase].weights, state["drawn"])
         if self._shared.tasks is not None:
             self._shared.tasks.clear()
             self._shared.tasks.update({task: number for number, task in enumerate(state["tasks"])})
@@ -184,7 +186,7 @@ class _Cursor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         epoch, window, block = state["place"]
-        self._order.place = (epoch, window, block)
+        self._order.place = self._place = (epoch, window, block)
         self._size, self.items = None, iter(())
         if state["next"] is not None:
             self._open_block()

@@ -166,7 +166,9 @@ class Trainer:
             self._monitor.forget_after(self._name, -1)
             return Progress()
         state = store.load(engine, path)
-        loader.load_state_dict(state["loader"])
+        restarts = loader.load_state_dict(state["loader"], accept_changes=self._run.data_change == "accept")
+        for restart in restarts:
+            self._monitor.warn(f"{self._name}, data: {restart}")
         progress = Progress(**state["progress"])
         self._monitor.forget_after(self._name, progress.step)
         ranks = "" if state["world"] == self._world.size else f", written by {state['world']} rank(s)"

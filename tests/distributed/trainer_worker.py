@@ -93,8 +93,9 @@ class HandMadeLoader:
     def state_dict(self) -> dict:
         return {"step": self._step}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, accept_changes: bool = False) -> list[str]:
         self._step = state["step"]
+        return []
 
     def close(self) -> None:
         self._closed = True

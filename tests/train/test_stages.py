@@ -38,5 +38,14 @@ def test_other_settings_in_a_begun_stage_are_refused_by_name(tmp_path):
         _hold_settings(changed, "vision", anew=False)
     with pytest.raises(ConfigError, match="seed: was 0, is 7"):
         _hold_settings(replace(demo(tmp_path), seed=7), "vision", anew=False)
+    other_data = demo(tmp_path, "mixture.vision.captions.weight=2")
+    with pytest.raises(
+        ConfigError, match=r"captions\.weight: was 1\.0, is 2\.0\). Restore them, set data_change=accept"
+    ):
+        _hold_settings(other_data, "vision", anew=False)
+    _hold_settings(replace(other_data, data_change="accept"), "vision", anew=False)
+    _hold_settings(other_data, "vision", anew=False)
+    with pytest.raises(ConfigError, match=r"optim\.lr\.vit: was 0\.001, is 0\.5\). Restore them, choose"):
+        _hold_settings(replace(changed, data_change="accept"), "vision", anew=False)
     _hold_settings(changed, "vision", anew=True)
     assert json.loads((tmp_path / "vision" / "settings.json").read_text())["stages.vision.optim.lr.vit"] == 0.5
