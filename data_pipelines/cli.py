@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_pipelines.report import check, indexing, stats
+from data_pipelines.report import check, indexing, inspection, show, stats
 from data_pipelines.sources import command as import_command
 
-COMMANDS = (import_command, indexing, check, stats)
+COMMANDS = (import_command, indexing, check, stats, inspection, show)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
@@ -28,7 +28,7 @@ from data_pipelines.shards.storage import expand_shards
 class DataRun:
     """Settings that decide every pack. `tokenizer` is a folder; `packs_per_step` counts all ranks' packs of a step.
 
-    `cost` is the model's, where the trainer deals packs by it (its four coefficients; only the trainer can work it out).
+    `cost` is the model's, where the trainer deals packs by it: four coefficients that only the trainer works out.
     """
 
     tokenizer: str
@@ -49,8 +49,12 @@ class DataRun:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that look at a mixture: shards on the command line, or settings in a file."""
     media = MediaConfig()
-    parser.add_argument("shards", nargs="*", metavar="[NAME=]TAR", help="paths, globs or ranges, with a name or without")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings instead of shards: YAML, or a run's folder")
+    parser.add_argument(
+        "shards", nargs="*", metavar="[NAME=]TAR", help="paths, globs or ranges, with a name or without"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings instead of shards: YAML, or a run's folder"
+    )
     parser.add_argument("--stage", help="which stage of a run's folder")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: a folder `tokenizer` near the shards")
     parser.add_argument("--template", choices=("plain", "chatml"), default="plain", help="template (%(default)s)")
@@ -141,8 +145,8 @@ def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
             stem = re.sub(r"[-_.]?\d+$", "", Path(shard).name.removesuffix(".tar")) or folder.name
             found.setdefault(stem, {}).setdefault(str(folder), []).append(shard)
     for stem, folders in found.items():
-        for folder, shards in folders.items():
-            name = stem if len(folders) == 1 else f"{Path(folder).name}/{stem}"
+        for place, shards in folders.items():
+            name = stem if len(folders) == 1 else f"{Path(place).name}/{stem}"
             named.setdefault(name, []).extend(shards)
     return {name: list(dict.fromkeys(shards)) for name, shards in named.items()}
 

@@ -77,8 +77,8 @@ def describe_fill(packs: Sequence[Pack], settings: DataRun) -> str:
     documents = np.mean([len(pack.items) for pack in packs])
     plan = settings.data.plan
     return (
-        f"Packs of {plan.max_tokens:,} tokens and {plan.max_patches:,} patches ({plan.packing}): {len(packs):,} planned, "
-        f"mean fill {100 * full.mean():.2f}%, {100 * np.mean(full < 0.98):.1f}% of them under 98%, "
+        f"Packs of {plan.max_tokens:,} tokens and {plan.max_patches:,} patches ({plan.packing}): {len(packs):,} planned,"
+        f" mean fill {100 * full.mean():.2f}%, {100 * np.mean(full < 0.98):.1f}% of them under 98%, "
         f"{documents:.1f} documents each"
     )
 
@@ -93,7 +93,9 @@ def _lengths_table(survey: Survey) -> Table:
     before = ""
     for group in survey.groups:
         total, count = int(group.tokens.sum()), len(group.tokens)
-        spread = [f"{value:,.0f}" for value in np.percentile(group.tokens, (5, 50, 95, 100))] if count else [NOTHING] * 4
+        spread = (
+            [f"{value:,.0f}" for value in np.percentile(group.tokens, (5, 50, 95, 100))] if count else [NOTHING] * 4
+        )
         shares = (f"{count:,}", f"{count / samples:.1%}", f"{total:,}", f"{total / tokens:.1%}")
         table.add_row("" if group.dataset == before else escape(group.dataset), group.task, *shares, *spread)
         before = group.dataset

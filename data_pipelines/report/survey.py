@@ -37,7 +37,7 @@ class Group:
 
 @dataclass(frozen=True)
 class MediaSizes:
-    """The media of one data set: stills (width, height) int64 [k, 2]; clips' seconds and frames a second float64 [c]."""
+    """The media of one data set: stills (width, height) int64 [k, 2]; clips too, with seconds and rates float64 [c]."""
 
     images: IntArray
     clip_sizes: IntArray
@@ -47,7 +47,7 @@ class MediaSizes:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the indices say. `problems` are samples (or shards) a run would leave out, or notes, with dataset and key."""
+    """What the indices say. `problems` are samples (or shards) a run would leave out or note, with their keys."""
 
     groups: list[Group] = field(default_factory=list)
     media: dict[str, MediaSizes] = field(default_factory=dict)
@@ -108,7 +108,7 @@ def plan_packs(sources: Sequence[SourceIndex], run: DataRun, num_tokens: int, li
 
 
 def fills(packs: Sequence[Pack], config: DataConfig) -> FloatArray:
-    """How full each pack is: its tokens over max_tokens, or patches over max_patches where these bind, float64 [packs]."""
+    """How full each pack is, float64 [packs]: its share of max_tokens, or of max_patches where that is larger."""
     plan = config.plan
     return np.array([max(p.num_tokens / plan.max_tokens, p.num_patches / plan.max_patches) for p in packs], np.float64)
 
