@@ -62,14 +62,18 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up over `warmup_steps`, then `kind` down to `min_ratio` times the peak at the stage's last step."""
+    """Linear warm-up, then `kind` down to `min_ratio` times the peak at the stage's end.
+
+    The warm-up is in the unit of the stage's length: `warmup_steps` where it has `steps`, `warmup_tokens` for `tokens`.
+    """
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     min_ratio: float = 0.1
+    warmup_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(0, warmup_steps=self.warmup_steps)
+        _at_least(0, warmup_steps=self.warmup_steps, warmup_tokens=self.warmup_tokens)
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"min_ratio={self.min_ratio} is outside [0, 1]: it is a share of the peak rate")
 
@@ -78,6 +82,8 @@ class ScheduleConfig:
 class StageConfig:
     """One stage: what trains, on what, for how long.
 
+    Its length is `steps`, or, with `steps` 0, the first step at which it has trained `tokens` (all of a pack's, media
+    included), and the schedule then follows the tokens.
     `packs_per_step` is the global batch: packs per optimizer step over all ranks and micro-steps; it must be a multiple
     of the world size (of its groups under `engine.sequence_parallel`). `init_from`: "previous" (the export of the stage
     before), "scratch" (seeded random weights), or the path of a Hugging Face folder. `evaluate` scores the held-out
@@ -92,19 +98,34 @@ class StageConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init_from: str = "previous"
     evaluate: bool = True
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.trainable:
             raise ValueError("trainable is empty: name at least one of vit, merger, llm")
-        if self.steps < 1 or self.packs_per_step < 1:
-            raise ValueError(f"steps={self.steps} and packs_per_step={self.packs_per_step} must be at least 1")
-        if self.schedule.warmup_steps >= self.steps:
+        _at_least(0, steps=self.steps, tokens=self.tokens)
+        _at_least(1, packs_per_step=self.packs_per_step)
+        if bool(self.steps) == bool(self.tokens):
             raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves nothing of steps={self.steps}; lower it"
+                f"steps={self.steps}, tokens={self.tokens}: a stage has one length; set one of them and the other to 0"
+            )
+        unit, other = ("tokens", "steps") if self.tokens else ("steps", "tokens")
+        warmup = getattr(self.schedule, f"warmup_{unit}")
+        if warmup >= self.length:
+            raise ValueError(f"schedule.warmup_{unit}={warmup} leaves nothing of {unit}={self.length}; lower it")
+        if stray := getattr(self.schedule, f"warmup_{other}"):
+            raise ValueError(
+                f"schedule.warmup_{other}={stray} in a stage of {unit}={self.length}: set it to 0 and "
+                f"schedule.warmup_{unit} instead"
             )
         for part in self.trainable:
             if getattr(self.optim.lr, part) <= 0:
                 raise ValueError(f"{part} is trainable but optim.lr.{part} is not positive; set it")
+
+    @property
+    def length(self) -> int:
+        """Of the stage, in tokens if it has `tokens`, else in steps."""
+        return self.tokens or self.steps
 
 
 @dataclass(frozen=True)
@@ -202,10 +223,24 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """When to give up: updates left out because loss or gradients were not finite, in a row and in a stage."""
+    """When to give up: updates left out because loss or gradients were not finite, in a row and in a stage.
+
+    A step whose loss lies more than `spike_sigma` standard deviations (0: not looked at) over the mean of the last
+    `spike_window` steps takes the stage back to its last checkpoint and on with the packs after the spike, up to
+    `max_rollbacks` times.
+    """
 
     max_skipped_in_row: int = 5
     max_skipped: int = 100
+    spike_sigma: float = 0.0
+    spike_window: int = 128
+    max_rollbacks: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least(0, max_rollbacks=self.max_rollbacks)
+        _at_least(2, spike_window=self.spike_window)
+        if not 0 <= self.spike_sigma < math.inf:
+            raise ValueError(f"spike_sigma={self.spike_sigma} must be finite and not negative; 0 switches it off")
 
 
 @dataclass(frozen=True)
@@ -274,6 +309,11 @@ class RunConfig:
         unknown = [name for name in self.chain if name not in self.stages]
         if unknown or not self.chain:
             raise ValueError(f"chain={list(self.chain)}: choose from the configured stages {list(self.stages)}")
+        if self.guard.spike_sigma and not self.checkpoint.every:
+            raise ValueError(
+                f"guard.spike_sigma={self.guard.spike_sigma} goes back to a checkpoint, and checkpoint.every=0 writes "
+                "none before a stage's end; set checkpoint.every"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

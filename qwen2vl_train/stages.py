@@ -10,7 +10,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -39,7 +38,6 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World) -> Path
     `settings` is the resolved configuration, stored as `config.json` beside the results.
     """
     folder = Path(run.run_dir)
-    started = time.time()
     world.from_main(lambda: _open_run(folder, settings, world))
     monitor = Monitor(folder, run.monitor, settings, active=world.is_main)
     try:
@@ -48,9 +46,8 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World) -> Path
         monitor.console.print(check_environment(run, world))
         tokenizer = TextTokenizer(run.data.tokenizer)
         config = model_config(run, tokenizer)
-        for name in run.chain:
-            _run_stage(run, name, config, world, monitor)
-        world.from_main(lambda: _summarise(run, folder, time.time() - started))
+        trained = [_run_stage(run, name, config, world, monitor) for name in run.chain]
+        world.from_main(lambda: _summarise(run, folder, monitor.clock.seconds() / 60, any(trained)))
         write_report_on_main(folder, world)
     finally:
         error = sys.exc_info()[1]
@@ -118,7 +115,8 @@ def model_config(run: RunConfig, tokenizer: TextTokenizer) -> ModelConfig:
     )
 
 
-def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, monitor: Monitor) -> None:
+def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, monitor: Monitor) -> bool:
+    """Train, export and score stage `name`; False where that was done before. Collective."""
     folder = Path(run.run_dir) / name
     result = folder / "result.json"
     resume = resume_of(run, name)
@@ -127,12 +125,13 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
     world.from_main(lambda: _hold_settings(run, name, anew=resume != "auto"))
     if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
-        return
+        return False
     stage = run.stages[name]
     init = world.from_main(lambda: initial_weights(run, name))
+    length = f"{stage.tokens:,} tokens in steps" if stage.tokens else f"{stage.steps} steps"
     monitor.console.print(
-        f"[bold]{name}[/bold]: trains {', '.join(stage.trainable)} for {stage.steps} steps of {stage.packs_per_step} "
-        f"packs on {world.size} rank(s), from {init or 'seeded random weights'}",
+        f"[bold]{name}[/bold]: trains {', '.join(stage.trainable)} for {length} of {stage.packs_per_step} packs "
+        f"on {world.size} rank(s), from {init or 'seeded random weights'}",
         highlight=False,
     )
     progress = Trainer(run, name, init, config, world, monitor, resume).fit()
@@ -144,6 +143,7 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
         monitor.log(name, progress.step, {f"held_out/{key}": value for key, value in report.metrics.items()})
         monitor.show(name, report.shown)
     world.from_main(lambda: _write_result(run, name, progress, report))
+    return True
 
 
 def resume_of(run: RunConfig, name: str) -> str:
@@ -275,6 +275,8 @@ def _write_result(run: RunConfig, name: str, progress: Progress, report: Report)
             "steps": progress.step,
             "tokens": progress.tokens,
             "supervised_tokens": progress.supervised,
+            "skipped_updates": progress.skipped_updates,
+            "rollbacks": progress.rollbacks,
             "loss_first": progress.loss_first,
             "loss_last": progress.loss_last,
             "tokens_per_s": progress.tokens_per_s,
@@ -291,20 +293,21 @@ def _write_result(run: RunConfig, name: str, progress: Progress, report: Report)
     )
 
 
-def _summarise(run: RunConfig, folder: Path, seconds: float) -> None:
+def _summarise(run: RunConfig, folder: Path, minutes: float, trained: bool) -> None:
     """Gather each stage's result.
 
-    `minutes` are of the invocation that finished the chain; a repetition that finds everything finished keeps them.
+    `minutes` are of all invocations; a repetition that finds everything finished (not `trained`) adds none.
     """
     path = folder / "summary.json"
     finished = {name: folder / name / "result.json" for name in run.stages}
     stages = {name: json.loads(file.read_text()) for name, file in finished.items() if file.is_file()}
-    before = json.loads(path.read_text())["minutes"] if path.is_file() else 0.0
+    if path.is_file() and not trained:
+        minutes = json.loads(path.read_text())["minutes"]
     last = [name for name in run.chain if name in stages][-1]
     write_json(
         path,
         {
-            "minutes": max(before, seconds / 60),
+            "minutes": minutes,
             "export": str((folder / last / "export").resolve()),
             "report": str((folder / "report.html").resolve()),
             "stages": stages,

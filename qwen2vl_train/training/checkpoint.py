@@ -123,13 +123,17 @@ class CheckpointStore:
         """Remove every checkpoint: the stage starts anew. Collective."""
         self._world.from_main(lambda: shutil.rmtree(self._folder, ignore_errors=True))
 
-    def find(self, resume: str) -> Path | None:
+    def find(self, resume: str, before: int | None = None) -> Path | None:
         """The checkpoint to continue from: "auto" the newest whole one or None, else that path, verified. Collective.
 
+        `before` passes over those of this step and later ones.
+
         Raises:
-            CheckpointError: the named checkpoint is not whole.
+            CheckpointError: the named checkpoint is not whole, or there are some and none is.
         """
         candidates = self._world.from_main(lambda: self._candidates(resume))
+        if before is not None:
+            candidates = [path for path in candidates if _step_of(path) < before]
         for path in candidates:
             fault = self.fault_of(path)
             if fault is None:
@@ -137,6 +141,12 @@ class CheckpointStore:
             if resume != "auto":
                 raise CheckpointError(f"resume={resume}: {fault}")
             self._warn(f"{path} is passed over: {fault}")
+        if candidates:  # to begin anew would throw away what may still be repaired
+            raise CheckpointError(
+                f"none of the {len(candidates)} checkpoint(s) in {self._folder} is whole (the newest: "
+                f"{self.fault_of(candidates[0])}). Restore one from a copy and start the same command again, or start "
+                "the stage anew with resume=none"
+            )
         return None
 
     def _candidates(self, resume: str) -> list[Path]:

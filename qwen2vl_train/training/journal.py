@@ -85,6 +85,7 @@ class Journal:
             "vision_share": vision / max(1, tokens),
             "skipped": sum(progress.lost.values()),
             "skipped_updates": progress.skipped_updates,
+            "rollbacks": progress.rollbacks,
         }
         peak = peak_flops_per_second(self._world.device, engine.dtype)
         if peak is not None:  # of all ranks together, waiting for data included
@@ -99,9 +100,14 @@ class Journal:
         metrics |= {f"skipped/{name}": count for name, count in progress.lost.items()}
         self._monitor.log(self._name, progress.step, metrics)
         shown = "no labels" if loss is None else f"loss {loss:.3f}"
-        self._monitor.advance(progress.step, f"{shown}  {tokens / seconds:,.0f} tok/s")
+        self._monitor.advance(progress.position(self._stage), f"{shown}  {tokens / seconds:,.0f} tok/s")
         self._check_losses_of_samples(progress)
         window.reset()
+
+    def discard(self) -> None:
+        """Forget the steps since the last log: they are undone."""
+        self.totals.clear()
+        self.window.reset()
 
     def _check_losses_of_samples(self, progress: Progress) -> None:
         """Stop when a dataset loses more of its samples than its `max_error_rate` (from 100 samples on).

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen2vl_train.config import MonitorConfig
+from qwen2vl_train.training.clock import RunClock
 from qwen2vl_train.training.shown import Shown
 from qwen2vl_train.training.tracker import Tracker
 
@@ -29,6 +30,7 @@ class Monitor:
         self._progress: Progress | None = None
         self._task: Any = None
         self._active = active
+        self.clock = RunClock(run_dir)
         self._tracker = Tracker(run_dir, config, settings, self.warn) if active else None
 
     def warn(self, text: str) -> None:
@@ -42,6 +44,7 @@ class Monitor:
         plain = {name: _finite(value) for name, value in metrics.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **plain}) + "\n")
+        self.clock.save()
         self._tracker.log(stage, step, plain)
 
     def forget_after(self, stage: str, step: int) -> None:

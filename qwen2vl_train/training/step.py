@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.samples import PackedBatch
+from qwen2vl_train.training.ahead import DeviceFeed
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.world import World
 
@@ -40,17 +41,24 @@ class LossTotals:
         sums, counts = total.tolist()
         return sums, counts
 
+    def clear(self) -> None:
+        """Forget what was added since the last read."""
+        self._sums.zero_()
+
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step tells the host; the same on every rank but for `losses`.
 
     `skipped`: the update was left out, its gradient norm was not finite. `stop`: some rank asked to stop after it.
-    `losses` [micro-steps] are this rank's summed losses by pack, on the device.
+    `supervised` and `tokens` of the global batch. `losses` [micro-steps] are this rank's summed losses by pack, on the
+    device.
     """
 
     skipped: bool
     stop: bool
+    supervised: int
+    tokens: int
     losses: Tensor
 
 
@@ -61,32 +69,35 @@ def train_step(
     world: World,
     stop: bool = False,
     note: Callable[[str, PackedBatch], None] | None = None,
+    feed: DeviceFeed | None = None,
 ) -> StepResult:
     """Run `packs` (this rank's micro-steps of the step) forward and backward and update the parameters. Collective.
 
     A loss that is not finite makes its own gradient NaN, on the device, so that the norm over all ranks tells every
     rank to skip: a loss can be infinite while its gradient still looks healthy. `stop` travels with the label count, so
     that ranks that were signalled at different moments stop after the same step. `note` is told what happens to which
-    pack.
+    pack. `feed` brings the packs to the device (its copies start first of all).
     """
-    header = torch.tensor(
-        [float(sum(pack.num_supervised for pack in packs)), float(stop)], dtype=torch.float64, device=engine.device
-    )
-    world.sum(header)  # every rank holds the supervised tokens of the global batch, and how many ranks ask to stop
-    stops = _to_host(header)
+    batches = (feed or DeviceFeed(engine.device)).batches(packs)
+    own = (sum(pack.num_supervised for pack in packs), sum(pack.num_tokens for pack in packs), int(stop))
+    header = torch.tensor(own, dtype=torch.float64, device=engine.device)
+    world.sum(
+        header
+    )  # every rank holds the global batch's supervised tokens and tokens, and how many ranks ask to stop
+    totals_of_step = _to_host(header)
     scale = (world.size / header[0].clamp(min=1.0)).float()  # DeepSpeed averages over ranks: undo it
     losses = []
-    for pack in packs:
+    for pack, batch in batches:
         if note is not None:
             note("forward and backward", pack)
-        batch = pack.to(engine.device)
         output = engine(batch)
         loss = output.loss_sum
         engine.backward(loss * torch.where(loss.detach().isfinite(), scale, float("nan")))
         totals.add(output.token_losses, batch.loss_datasets)
         losses.append(loss.detach())
         engine.step()
-    return StepResult(engine.skipped, stops()[1] > 0, torch.stack(losses))
+    supervised, tokens, stops = map(int, totals_of_step())
+    return StepResult(engine.skipped, stops > 0, supervised, tokens, torch.stack(losses))
 
 
 def _to_host(tensor: Tensor) -> Callable[[], list[float]]:

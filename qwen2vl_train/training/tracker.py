@@ -31,6 +31,7 @@ _SECTIONS = {
     "gradient_norm": "optimisation",
     "lr": "optimisation",
     "skipped_updates": "optimisation",
+    "rollbacks": "optimisation",
     "tokens_per_s": "throughput",
     "samples_per_s": "throughput",
     "step_s": "throughput",

@@ -6,6 +6,7 @@ stage's figures. The loop is `Trainer.fit`; everything it calls per step is in `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
+from data_pipelines.samples import PackedBatch
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig, StageConfig
 from qwen2vl_train.export import export_model
@@ -22,6 +24,7 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.parts import audit, format_audit, freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise, load_hf
+from qwen2vl_train.training.ahead import DeviceFeed
 from qwen2vl_train.training.checkpoint import CheckpointStore
 from qwen2vl_train.training.engine import Engine, building
 from qwen2vl_train.training.guard import Guard
@@ -30,6 +33,7 @@ from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.optim import parameter_groups
 from qwen2vl_train.training.schedule import rate_factor
 from qwen2vl_train.training.sequence import SequenceGroup
+from qwen2vl_train.training.spikes import Spike, SpikeGuard
 from qwen2vl_train.training.step import train_step
 from qwen2vl_train.training.stopping import Preempted, StopRequest
 from qwen2vl_train.training.watchdog import Watchdog
@@ -87,7 +91,7 @@ class Trainer:
         store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._monitor.warn)
         progress = self._resume(store, engine, loader)
         try:
-            self._train(engine, loader, store, progress)
+            progress = self._train(engine, loader, store, progress)
         finally:
             self._monitor.stop_progress()
             loader.close()
@@ -98,33 +102,41 @@ class Trainer:
         engine.close()
         return progress
 
-    def _train(self, engine: Engine, loader: PackLoader, store: CheckpointStore, progress: Progress) -> None:
+    def _train(self, engine: Engine, loader: PackLoader, store: CheckpointStore, progress: Progress) -> Progress:
         """The loop: fetch, step, count, log, save."""
         stage, run, world = self._stage, self._run, self._world
         journal = Journal(
             stage, self._name, self._folder, self._model_config, loader.dataset_names, world, self._monitor
         )  # fmt: skip
         ledger = Ledger(self._folder / f"ledger-rank{world.rank}.jsonl")
-        guard = Guard(run.guard, self._folder, world)
+        guard, spikes = Guard(run.guard, self._folder, world), SpikeGuard(run.guard, self._folder, world)
+        feed = DeviceFeed(world.device)
+        unit = stage.packs_per_step * stage.data.plan.max_tokens if stage.tokens else 1
         engine.train()
-        self._monitor.start_progress(f"{self._name:>10}", stage.steps, progress.step)
+        self._monitor.start_progress(f"{self._name:>10}", stage.length, progress.position(stage))
         # rank 0 always reads, and its loader's state is the one that is saved
         packs_of_steps = iter(loader) if self._sequence.reads else repeat([])
         with StopRequest() as stop, Watchdog(run.watchdog, world, self._folder) as watchdog:
-            for step in range(progress.step, stage.steps):
-                watchdog.note(f"waiting for the packs of step {step + 1}")
+            while (position := progress.position(stage)) < stage.length:
+                step = progress.step + 1
+                watchdog.note(f"waiting for the packs of step {step}")
                 packs = journal.window.timed_next(packs_of_steps)
-                engine.set_rates(rate_factor(step, stage.steps, stage.schedule))
+                engine.set_rates(rate_factor(position, stage.length, stage.schedule, unit))
                 mine = self._sequence.deal(packs)
-                watchdog.note(f"counting the labels of step {step + 1}")
-                result = train_step(engine, mine, journal.totals, world, stop.requested, watchdog.note_pack)
+                watchdog.note(f"counting the labels of step {step}")
+                result = train_step(engine, mine, journal.totals, world, stop.requested, watchdog.note_pack, feed)
                 journal.count(packs)
                 ledger.add(packs)
-                progress.step = step + 1
-                watchdog.note(f"bookkeeping of step {progress.step}")
+                progress.step = step
+                progress.trained_tokens += result.tokens
+                watchdog.note(f"bookkeeping of step {step}")
                 guard.check(result, mine, progress)
-                done = progress.step == stage.steps
-                save = done or result.stop or (run.checkpoint.every and progress.step % run.checkpoint.every == 0)
+                if spike := spikes.judge(result, progress):
+                    watchdog.note(f"going back from step {step}", limit_s=run.watchdog.save_s)
+                    progress = self._roll_back(spike, mine, engine, store, spikes, journal, progress)
+                    continue
+                done = progress.position(stage) >= stage.length
+                save = done or result.stop or (run.checkpoint.every and step % run.checkpoint.every == 0)
                 if save or progress.step % run.monitor.log_every == 0 or progress.step == 1:
                     journal.log(engine, progress)
                 if save:
@@ -133,6 +145,35 @@ class Trainer:
                     journal.window.reset()  # its time is not training time
                     if result.stop and not done:
                         raise Preempted(self._farewell(stop, progress.step, path))
+        return progress
+
+    def _roll_back(
+        self,
+        spike: Spike,
+        packs: Sequence[PackedBatch],
+        engine: Engine,
+        store: CheckpointStore,
+        spikes: SpikeGuard,
+        journal: Journal,
+        progress: Progress,
+    ) -> Progress:
+        """Model, optimizer and counts as in the last checkpoint; the loader stays behind the spike. Collective."""
+        path = store.find("auto", before=spike.step)
+        if path is None:
+            spikes.record(spike, packs, None, progress.rollbacks)
+            spikes.remember(spike.loss, progress)
+            self._monitor.warn(f"{spike}; no checkpoint lies before it, so training goes on")
+            return progress
+        state = store.load(engine, path)
+        returned = Progress(**state["progress"] | {"rollbacks": progress.rollbacks + 1})
+        spikes.record(spike, packs, returned.step, returned.rollbacks)
+        journal.discard()
+        self._monitor.forget_after(self._name, returned.step)
+        self._monitor.warn(
+            f"{spike}; back to {path}, on with the packs after the spike (rollback {returned.rollbacks} of at most "
+            f"{self._run.guard.max_rollbacks})"
+        )
+        return returned
 
     def _state(self, progress: Progress, loader: PackLoader) -> dict[str, Any]:
         return {"stage": self._name, "progress": asdict(progress), "loader": loader.state_dict()}

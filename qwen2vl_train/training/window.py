@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.samples import PackedBatch
+from qwen2vl_train.config import StageConfig
 
 
 @dataclass
@@ -22,15 +23,20 @@ class Progress:
     `capacity` is packs * max_tokens, so fill = tokens / capacity. `seconds` is training time with data wait
     (`wait_s` of it), without evaluation or checkpoints. `documents` counts by dataset, `lost`
     and `changed` by "dataset/reason"; `failed` by dataset: those of `lost` that failed when their pack was made.
+    All but `step`, `trained_tokens` and what the guards keep (`skipped_updates`, `rollbacks`, `recent_losses`) is
+    counted at each log.
     """
 
     step: int = 0
+    trained_tokens: int = 0
     packs: int = 0
     tokens: int = 0
     supervised: int = 0
     vision_tokens: int = 0
     capacity: int = 0
     skipped_updates: int = 0
+    rollbacks: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     wait_s: float = 0.0
     loss_first: float | None = None
@@ -39,6 +45,10 @@ class Progress:
     lost: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
+
+    def position(self, stage: StageConfig) -> int:
+        """How much of `stage.length` is done, in its unit."""
+        return self.trained_tokens if stage.tokens else self.step
 
     @property
     def fill(self) -> float:

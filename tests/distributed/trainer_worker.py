@@ -4,7 +4,9 @@ Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the option
     steps, packs, every, keep, keep_every, min_free_gb, resume, optimizer, zero_stage, precision, trainable, tied, clip
     sequence_parallel
     mix: true draws each pack's kinds at random       step_s: seconds that each step sleeps
-    bad_packs: {number: "loss" | "gradient"}          guard, watchdog: fields of their configurations
+    tokens: the stage's length in them, for steps     warmup_tokens, schedule
+    bad_packs: {number: "loss" | "gradient" | "spike"}   guard, watchdog: fields of their configurations
+    leave_out: numbers of steps (from 0) whose packs the loader passes over
     fault: {"kind": "data" | "forward" | "stop" | "raise" | "diskfull", "rank": r, "step": s}
 """
 
@@ -75,6 +77,8 @@ class HandMadeLoader:
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         while True:
+            while self._step in self.options.get("leave_out", []):
+                self._step += 1
             step = self._step
             if self.options.get("mix"):
                 packs = mixed_packs(self._packs, step)
@@ -118,6 +122,8 @@ def faulty_forward(options: dict, world: World, packs_per_step: int):
         kind = bad.get(batch.number)
         if kind == "loss":
             return LossOutput(output.loss_sum + float("inf"), output.token_losses + float("nan"))
+        if kind == "spike":
+            return LossOutput(output.loss_sum * 9, output.token_losses * 9)
         if kind == "gradient":
             output.loss_sum.register_hook(lambda gradient: gradient * float("inf"))
         return output
@@ -130,11 +136,12 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
     optim = OptimConfig(LearningRates(1e-3, 1e-3, 1e-3), options.get("optimizer", "adamw"), clip_norm=0.5)
     stage = StageConfig(
         trainable=trainable,
-        steps=options.get("steps", 6),
+        steps=0 if "tokens" in options else options.get("steps", 6),
+        tokens=options.get("tokens", 0),
         packs_per_step=options.get("packs", 4),
         optim=optim,
         data=DataConfig(sources={}, plan=PlanConfig(max_tokens=256)),
-        schedule=ScheduleConfig("constant"),
+        schedule=ScheduleConfig(options.get("schedule", "constant"), warmup_tokens=options.get("warmup_tokens", 0)),
         init_from="scratch",
     )
     engine = EngineConfig(

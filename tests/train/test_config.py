@@ -59,6 +59,13 @@ def test_a_missing_place_is_named():
         (["stages.vision.optim.lr.vti=1"], r"optim\.lr\.vti = 1: unknown key; did you mean 'vit'\?"),
         (["stages.vision.trainable=[vit,llm]"], r"llm is trainable but optim\.lr\.llm is not positive"),
         (["stages.vision.schedule.warmup_steps=250"], r"warmup_steps=250 leaves nothing of steps=250"),
+        (["stages.vision.tokens=1000000"], r"steps=300, tokens=1000000: a stage has one length; set one of them"),
+        (["stages.vision.steps=0"], r"steps=0, tokens=0: a stage has one length"),
+        (
+            ["stages.vision.steps=0", "stages.vision.tokens=1000000"],
+            r"schedule\.warmup_steps=20 in a stage of tokens=1000000: set it to 0 and schedule\.warmup_tokens instead",
+        ),
+        (["guard={spike_sigma: 6}", "checkpoint.every=0"], r"guard\.spike_sigma=6\.0 .* set checkpoint\.every"),
         (["engine.zero_stage=9"], r"engine\.zero_stage = 9: Input should be 0, 1, 2 or 3"),
         (["engine.zero_stage=2", "engine.offload_parameters=true"], r"offload_parameters=true needs zero_stage=3"),
         (
@@ -111,6 +118,12 @@ def test_the_printed_configuration_shows_every_value_and_where_it_comes_from(cap
     assert "      sources:  # ${mixture.vision}\n" in printed
     assert "        fps: 2.0  # default\n" in printed
     assert "  tokenizer: data/demo/tokenizer  # ${data.root}/tokenizer\n" in printed
+
+
+def test_a_stage_can_be_as_long_as_so_many_tokens():
+    words = ["stages.vision.steps=0", "stages.vision.tokens=3000000", "stages.vision.schedule.warmup_steps=0"]
+    run, _ = load_config(["experiment=demo", *words, "stages.vision.schedule.warmup_tokens=100000"])
+    assert run.stages["vision"].length == 3_000_000
 
 
 def test_another_folder_of_configs_can_be_used(tmp_path: Path):

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from qwen2vl_train.config import ConfigError, load_config
-from qwen2vl_train.stages import _hold_settings, initial_weights
+from qwen2vl_train.stages import _hold_settings, _summarise, initial_weights
+from qwen2vl_train.training.clock import RunClock
 
 
 def demo(tmp_path, *overrides):
@@ -28,6 +29,19 @@ def test_a_stage_starts_from_the_export_before_it(tmp_path):
     export.mkdir(parents=True)
     (export / "config.json").write_text("{}")
     assert initial_weights(run, "multitask") == export
+
+
+def test_the_minutes_are_of_all_invocations_and_a_repetition_adds_none(tmp_path):
+    (tmp_path / "elapsed.json").write_text('{"seconds": 600}')
+    clock = RunClock(tmp_path)
+    clock.save()
+    assert 600 <= RunClock(tmp_path).seconds() < 700
+    run = demo(tmp_path)
+    (tmp_path / "instruct").mkdir()
+    (tmp_path / "instruct" / "result.json").write_text("{}")
+    _summarise(run, tmp_path, clock.seconds() / 60, trained=True)
+    _summarise(run, tmp_path, 99.0, trained=False)
+    assert 10 <= json.loads((tmp_path / "summary.json").read_text())["minutes"] < 12
 
 
 def test_other_settings_in_a_begun_stage_are_refused_by_name(tmp_path):

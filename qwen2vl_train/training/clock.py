@@ -1,0 +1,33 @@
+"""How long a run has taken, over all its invocations: what a person waited for, not what one command took.
+
+Enters: the run's folder. Leaves: `elapsed.json` in it, rewritten at each log: an invocation that is killed counts up to
+its last one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+
+class RunClock:
+    """Seconds of the invocations before and of this one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "elapsed.json"
+        try:
+            self._before_s = float(json.loads(self._path.read_text())["seconds"])
+        except (OSError, ValueError):  # none yet, or emptied by a power cut: no reason not to train
+            self._before_s = 0.0
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        """Of all invocations until now."""
+        return self._before_s + time.monotonic() - self._start
+
+    def save(self) -> None:
+        """Count this invocation until now, whatever becomes of it."""
+        aside = self._path.with_name(f".{self._path.name}.writing")
+        aside.write_text(json.dumps({"seconds": round(self.seconds(), 3)}))
+        aside.replace(self._path)
