@@ -1,4 +1,4 @@
-"""`qwen2vl`: train, evaluate, print a configuration, make a report.
+"""`qwen2vl`: plan, train, evaluate, print a configuration, make a report.
 
 Under torchrun or deepspeed: `torchrun --nproc-per-node 2 -m qwen2vl_train train experiment=demo`.
 """
@@ -53,6 +53,7 @@ def _without_local_rank(words: list[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     from qwen2vl_train import ask, assemble  # torch and transformers load only now
+    from qwen2vl_train.plan import command as plan
 
     parser = argparse.ArgumentParser("qwen2vl", description="Train Qwen2-VL from its parts: three stages, one trainer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(config)
     config.set_defaults(run=_config)
 
+    plan.add_arguments(commands)
     assemble.add_arguments(commands)
     ask.add_arguments(commands)
 

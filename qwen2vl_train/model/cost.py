@@ -180,11 +180,11 @@ def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float | N
         return None
     name = torch.cuda.get_device_name(device)
     half = dtype in (torch.bfloat16, torch.float16)
-    return next((peaks[0 if half else 1] for known, peaks in _PEAKS if known in name), None)
+    return next((peaks[0 if half else 1] for known, peaks in PEAKS if known in name), None)
 
 
 # bf16 and TF32 tensor-core peaks without sparsity, SXM variants
-_PEAKS = (
+PEAKS = (
     ("H200", (989e12, 494e12)),
     ("H100", (989e12, 494e12)),
     ("H800", (989e12, 494e12)),
