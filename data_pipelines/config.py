@@ -84,12 +84,19 @@ class LoaderConfig:
 
     `prefetch_mb` bounds the shared memory of a rank's prefetched packs; it lowers `prefetch_factor`, to 1 at least.
     `sample_timeout_s`: a sample that takes longer is left out, and its worker replaced.
+    `clip_cache`: a folder on local disk that keeps decoded clips, at most `clip_cache_gb` (10^9 bytes); None: none.
     """
 
     num_workers: int = 2
     prefetch_factor: int = 2
     prefetch_mb: int = 4096
     sample_timeout_s: float = 300.0
+    clip_cache: str | None = None
+    clip_cache_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not self.clip_cache_gb > 0:
+            raise ValueError(f"clip_cache_gb={self.clip_cache_gb}: must be above 0; clip_cache=null keeps no clips")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.decode.clip_cache import ClipCache
 from data_pipelines.decode.clip_facts import ClipError, is_clip, open_clip, sample_frame_times
 from data_pipelines.errors import MediaError
 from data_pipelines.samples import Media, MediaPlan
@@ -75,10 +76,16 @@ class ClipDecoder:
 
     The process starts with the first clip, is replaced after `max_reads` clips, after a crash or a missed deadline, and
     ends with `close` or with this process, however that ends. It is not inherited: a forked or unpickled copy starts
-    its own.
+    its own. A clip that `cache` holds as planned is read from there.
     """
 
-    def __init__(self, backend: str = "auto", timeout_s: float = 60.0, max_reads: int = 200) -> None:
+    def __init__(
+        self,
+        backend: str = "auto",
+        timeout_s: float = 60.0,
+        max_reads: int = 200,
+        cache: ClipCache | None = None,
+    ) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         if backend not in BACKENDS:
@@ -86,6 +93,7 @@ class ClipDecoder:
         self.backend = backend
         self.timeout_s = timeout_s
         self.max_reads = max_reads
+        self.cache = cache
         self._owner = 0
         self._reads = 0
 
@@ -98,13 +106,16 @@ class ClipDecoder:
     def read(self, data: bytes, media: Media, plan: MediaPlan, key: str) -> Tensor:
         """Frames of the clip as planned: uint8 [plan.num_frames, 3, plan.height, plan.width], evenly over its time.
 
-        The tensor is a view of shared memory whose layout is [N, h, w, 3].
+        The tensor is a view of memory whose layout is [N, h, w, 3].
 
         Raises:
             MediaError: "empty_media", "not_a_clip", "corrupt_clip", "size_mismatch" (the clip is not what `media`
                 says), "decode_timeout", "decoder_crashed", "no_backend".
         """
         shape = (plan.num_frames, plan.height, plan.width, 3)
+        name = self.cache.name(data, media, plan, self.backend) if self.cache is not None else ""
+        if self.cache is not None and (held := self.cache.get(name, shape)) is not None:
+            return torch.from_numpy(held).permute(0, 3, 1, 2)
         request = {
             "backend": self.backend,
             "num_frames": shape[0],
@@ -116,6 +127,8 @@ class ClipDecoder:
         with _buffer(int(np.prod(shape))) as frames_fd:
             self._ask(data, request, frames_fd, media.name, key)
             frames = np.frombuffer(mmap.mmap(frames_fd, 0), dtype=np.uint8).reshape(shape)
+        if self.cache is not None:
+            self.cache.put(name, frames)
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def probe(self, data: bytes, name: str, key: str) -> Media:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.config import MediaConfig, Template
+from data_pipelines.decode.clip_cache import ClipCache
 from data_pipelines.decode.image import decode_image, probe_image
 from data_pipelines.decode.members import media_kind
 from data_pipelines.decode.video import ClipDecoder
@@ -57,6 +58,7 @@ class SampleEncoder:
 
     It pickles without its decoder process, so it can be sent to `DataLoader` workers; `close` ends that process.
     `max_tokens` is the longest document allowed (LLM tokens of a pack). `vision_ids` writes "Picture 1: " before media.
+    Decoded clips are kept in `clip_cache`, if there is one.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class SampleEncoder:
         media_config: MediaConfig,
         max_tokens: int,
         vision_ids: bool = False,
+        clip_cache: ClipCache | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template: Template = template
         self.media_config = media_config
         self.max_tokens = max_tokens
         self.vision_ids = vision_ids
+        self._clip_cache = clip_cache
         self._clips: ClipDecoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,7 +157,8 @@ class SampleEncoder:
 
     def _clip_decoder(self) -> ClipDecoder:
         if self._clips is None:
-            self._clips = ClipDecoder(self.media_config.video_backend, self.media_config.decode_timeout_s)
+            config = self.media_config
+            self._clips = ClipDecoder(config.video_backend, config.decode_timeout_s, cache=self._clip_cache)
         return self._clips
 
     def _facts(

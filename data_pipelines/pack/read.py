@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch.utils.data import Dataset
 
 from data_pipelines.config import DataConfig
+from data_pipelines.decode.clip_cache import open_clip_cache
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError, PlanMismatch
 from data_pipelines.index.source import SourceIndex
@@ -35,8 +36,9 @@ class PackReader(Dataset[PackedBatch]):
         self.watch = watch
         self._special = tokenizer.special
         self._max_tokens = config.plan.max_tokens
+        cache = open_clip_cache(config.loader)
         self._encoder = SampleEncoder(
-            tokenizer, config.template, config.media, config.plan.max_tokens, config.vision_ids
+            tokenizer, config.template, config.media, config.plan.max_tokens, config.vision_ids, cache
         )
 
     def __getitem__(self, pack: Pack) -> PackedBatch:

@@ -24,10 +24,13 @@ _POLL_S = 0.02
 
 
 class BlockCache:
-    """At most `max_bytes` of blocks in `folder`, besides what is being written at the moment."""
+    """At most `max_bytes` of blocks in `folder`, besides what is being written at the moment.
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._set_bytes = folder, max_bytes // SETS
+    A block over its set's share, max_bytes / `sets`, is not kept: fewer sets take larger ones, and list more files.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, sets: int = SETS) -> None:
+        self._folder, self._set_bytes, self._sets = folder, max_bytes // sets, sets
 
     def read(self, name: str, offset: int, size: int) -> bytes | None:
         """`size` bytes from `offset` of a block; None where it is not (or not whole) in the cache."""
@@ -50,6 +53,8 @@ class BlockCache:
 
     def put(self, name: str, data: bytes) -> None:
         """Keep a block. A disk that is full or read-only costs the cache, never the reader."""
+        if len(data) > self._set_bytes:
+            return
         folder = self._set(name)
         aside = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
         try:
@@ -93,7 +98,7 @@ class BlockCache:
 
     def _set(self, name: str) -> Path:
         digest = hashlib.blake2b(name.encode(), digest_size=2).digest()
-        return self._folder / "blocks" / f"{int.from_bytes(digest, 'little') % SETS:02d}"
+        return self._folder / "blocks" / f"{int.from_bytes(digest, 'little') % self._sets:02d}"
 
     def _make_room(self, folder: Path, size: int, keep: str) -> None:
         """Remove what was not read for longest, until `size` more bytes fit; leftovers of killed writers among them."""
