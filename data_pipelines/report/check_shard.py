@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.budget import plan_media
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError, MediaError, ShardError
+from data_pipelines.index.layout import measure_sample, read_sample, scan_shard
 from data_pipelines.index.read import media_refs, read_member, read_record, with_media
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.samples import Media, MediaRef, Record
-from data_pipelines.shards.storage import ShardFile, open_shard
-from data_pipelines.shards.tar import TarSample, TarScan, scan_tar
+from data_pipelines.shards.names import file_of, is_lines
+from data_pipelines.shards.storage import ShardFile, open_shard, read_beside
+from data_pipelines.shards.tar import TarSample, TarScan
 from data_pipelines.tokenizer import TextTokenizer
 
 PART_BYTES = 64 << 20
@@ -95,7 +97,7 @@ class PartChecker:
         self._opening: list[ShardError] = []
         try:
             self._file = open_shard(part.shard)
-            self._scan = scan_tar(self._file)
+            self._scan = scan_shard(self._file)
         except ShardError as error:
             self._opening.append(error)
         self._samples = self._scan.samples[part.number :: part.count]
@@ -137,21 +139,27 @@ class PartChecker:
         return Finding.of(self._part.shard, key, problem.reason, problem.message)
 
     def _problems(self, sample: TarSample) -> Iterator[DataError]:
-        assert self._file is not None
         try:
-            record = read_record(sample.key, sample.members, self._file)
+            record, read = self._record(sample)
         except DataError as error:
             yield error
             return
         facts: dict[str, Media] = {}
         for ref in {ref.name: ref for ref in media_refs(record)}.values():
             try:
-                data = read_member(sample.key, ref.name, sample.members[ref.name], self._file)
-                facts[ref.name] = self._check_media(record, ref, data)
+                facts[ref.name] = self._check_media(record, ref, read(ref.name))
             except DataError as error:
                 yield error
         if len(facts) == len({ref.name for ref in media_refs(record)}):
             yield from self._misfits(record, facts)
+
+    def _record(self, sample: TarSample) -> tuple[Record, Callable[[str], bytes]]:
+        """The sample's record, with the facts it states itself, and a function that reads a media member."""
+        assert self._file is not None
+        key, members, file = sample.key, sample.members, self._file
+        if is_lines(file.name):
+            return read_sample(key, members, file, measure_sample(key, members, file, self._clips).media)
+        return read_record(key, members, file), lambda name: read_member(key, name, members[name], file)
 
     def _check_media(self, record: Record, ref: MediaRef, data: bytes) -> Media:
         """Open and decode one member; its facts as training takes them (the record's, where it states them)."""
@@ -214,7 +222,7 @@ def _unreadable_or_changed(file: ShardFile, num_samples: int) -> Iterator[ShardE
     except ShardError as error:
         yield error
         return
-    listed = _manifest_entry(Path(file.name))
+    listed = _manifest_entry(file)
     found = {"bytes": file.size, "records": num_samples, "sha256": digest.hexdigest()}
     for name, value in found.items():
         if name in listed and listed[name] != value:
@@ -222,10 +230,12 @@ def _unreadable_or_changed(file: ShardFile, num_samples: int) -> Iterator[ShardE
             yield ShardError(file.name, "not_as_in_manifest", message)
 
 
-def _manifest_entry(shard: Path) -> dict[str, Any]:
+def _manifest_entry(file: ShardFile) -> dict[str, Any]:
     """What `manifest.json` beside the shard says of it; {} where there is none, or it is another program's."""
+    shard = Path(file_of(file.name))
     try:
-        listed = json.loads((shard.parent / "manifest.json").read_bytes())["shards"]
+        data = read_beside(file, "manifest.json") or (shard.parent / "manifest.json").read_bytes()
+        listed = json.loads(data)["shards"]
         return next((dict(entry) for entry in listed if entry["path"] == shard.name), {})
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.plan.balance import PackCost
+from data_pipelines.shards.names import file_of
 from data_pipelines.shards.storage import expand_shards
 
 
@@ -141,8 +142,11 @@ def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
             named.setdefault(name, []).extend(expand_shards(name, [pattern]))
             continue
         for shard in expand_shards("shards", [word]):
-            folder = Path(shard).parent
-            stem = re.sub(r"[-_.]?\d+$", "", Path(shard).name.removesuffix(".tar")) or folder.name
+            folder = Path(file_of(shard)).parent
+            stem = (
+                re.sub(r"[-_.]?\d+$", "", Path(file_of(shard)).name.removesuffix(".tar").removesuffix(".jsonl"))
+                or folder.name
+            )
             found.setdefault(stem, {}).setdefault(str(folder), []).append(shard)
     for stem, folders in found.items():
         for place, shards in folders.items():
@@ -166,7 +170,8 @@ def _of_stage(settings: Mapping[str, Any], stage: str | None, path: Path) -> dic
     }
     try:
         environment = json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))
-        return {**chosen, "world": int(environment["world_size"])}
+        shared = int(settings.get("engine", {}).get("sequence_parallel", 1))  # ranks that hold one pack together
+        return {**chosen, "world": int(environment["world_size"]) // shared}
     except (OSError, ValueError, KeyError):
         return chosen
 

@@ -77,8 +77,8 @@ def describe_fill(packs: Sequence[Pack], settings: DataRun) -> str:
     documents = np.mean([len(pack.items) for pack in packs])
     plan = settings.data.plan
     return (
-        f"Packs of {plan.max_tokens:,} tokens and {plan.max_patches:,} patches ({plan.packing}): {len(packs):,} planned,"
-        f" mean fill {100 * full.mean():.2f}%, {100 * np.mean(full < 0.98):.1f}% of them under 98%, "
+        f"Packs of {plan.max_tokens:,} tokens and {plan.max_patches:,} patches ({plan.packing}): {len(packs):,} planned"
+        f", mean fill {100 * full.mean():.2f}%, {100 * np.mean(full < 0.98):.1f}% of them under 98%, "
         f"{documents:.1f} documents each"
     )
 
