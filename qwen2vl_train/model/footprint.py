@@ -50,13 +50,13 @@ class StateBytes:
 class ActivationBytes:
     """What a pack adds: `held` between forward and backward, `peak` the highest moment of the step.
 
-    `gradients_at_peak` is the part of the peak that is gradients of this pack; a partitioning engine keeps them in its
-    own buffers (`StateBytes.gradients`), so subtract it there.
+    `peak` holds all gradients of the pack so far; `partitioned_peak` those of the module at hand alone, for an engine
+    that takes each away into its own buffers (`StateBytes.gradients`). It leaves out the output matrix's gradient.
     """
 
     held: int
     peak: int
-    gradients_at_peak: int
+    partitioned_peak: int
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,17 @@ def activation_bytes(
     text = _text_steps(config, lengths, trainable, how)
     held = sum(step.held for step in (*vision, *text))
     head, head_gradients = _head(config, lengths, trainable, how)
-    peak, gradients_at_peak = held + head + head_gradients, head_gradients
+    peak, partitioned = held + head + head_gradients, held + head
     if "vit" not in trainable:
-        peak = max(peak, _frozen_vision_bytes(config, lengths, how))
+        frozen = _frozen_vision_bytes(config, lengths, how)
+        peak, partitioned = max(peak, frozen), max(partitioned, frozen)
     live, gradients = held, head_gradients
     for step in reversed((*vision, *text)):
-        moment = live + step.recomputed + step.working + gradients + step.gradients
-        if moment > peak:
-            peak, gradients_at_peak = moment, gradients + step.gradients
+        moment = live + step.recomputed + step.working + step.gradients
+        peak, partitioned = max(peak, moment + gradients), max(partitioned, moment)
         live -= step.held
         gradients += step.gradients
-    return ActivationBytes(held, peak, gradients_at_peak)
+    return ActivationBytes(held, peak, partitioned)
 
 
 def _head(config: ModelConfig, lengths: PackLengths, trainable: Collection[str], how: Running) -> tuple[int, int]:

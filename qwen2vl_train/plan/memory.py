@@ -103,11 +103,8 @@ def rank_memory(
     # several chunks of logits add their share in float32, which is then rounded to the weights' type
     head = matrix * (element if element == FLOAT32 else element + FLOAT32)
     activations = max(
-        (bytes_.peak - bytes_.gradients_at_peak)
-        for bytes_ in (
-            activation_bytes(config, lengths, stage.trainable, running)
-            for lengths in heaviest_packs(stage, setting.sequence_parallel)
-        )
+        activation_bytes(config, lengths, stage.trainable, running).partitioned_peak
+        for lengths in heaviest_packs(stage, setting.sequence_parallel)
     )
     trained = sum(count for part, count in parameter_counts(config).items() if part in stage.trainable)
     buckets = 0

@@ -52,6 +52,33 @@ def test_estimated_peak_is_within_a_tenth_of_the_measured(parts, trainable, conf
     assert estimate.peak == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("trainable", STAGES, ids=lambda stage: "+".join(sorted(stage)))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_an_engine_that_takes_gradients_away_at_once_needs_the_partitioned_peak(trainable, tied, checkpointing):
+    config = model_config(depth=6, layers=8, width=128, hidden=128, section=(4, 6, 6), tied=tied)
+    model = tiny_model(config, vision_checkpointing=checkpointing, text_checkpointing=checkpointing)
+    freeze(model, trainable)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda taken: setattr(taken, "grad", None))
+    batch = pack([document(PACKS["one large image"][0], supervised=0.3), document([200], supervised=0.3)])
+    model(batch).loss_sum.backward()
+    gc.collect()
+    peak = measure_peak(lambda: model(batch).loss_sum.backward()).peak_bytes
+    estimate = activation_bytes(
+        config, PackLengths.of(batch), trainable, Running(4, checkpointing, checkpointing, False)
+    )
+    # the output matrix's gradient is there from the forward pass on
+    matrix = 4 * config.text.vocab_size * config.text.hidden_size * ("llm" in trainable)
+    foretold = estimate.partitioned_peak + matrix
+    # a module's gradients are counted together, while here each tensor's is taken as it comes; the merger has the most
+    module = 4 * (4 * 128 * (4 * 128 + 128))
+    assert peak * 0.95 < foretold < peak * 1.05 + module
+    if trainable == {"vit", "merger", "llm"}:
+        assert estimate.partitioned_peak < estimate.peak
+
+
 def test_state_of_the_2b_under_each_stage_by_hand():
     everything = {"vit", "merger", "llm"}
     count = 2_208_985_600

@@ -154,7 +154,7 @@ def test_what_no_setting_can_fit_names_the_number_of_gpus_that_would():
     run = load_config(["experiment=qwen2vl_72b"], allow_missing=True)[0]
     plan = forecast(run, find_hardware("H100", 1, "bf16"), 0.4)
     assert not plan.fits
-    assert plan.fewest_gpus == 32
+    assert plan.fewest_gpus == 64  # 32 would hold 41 GB of state and 48 GB of a pack
     assert plan.best is None or plan.best.setting.offload_parameters
 
 
