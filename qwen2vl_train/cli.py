@@ -52,7 +52,7 @@ def _without_local_rank(words: list[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from qwen2vl_train import ask, assemble  # torch and transformers load only now
+    from qwen2vl_train import ask, assemble, show  # torch and transformers load only now
     from qwen2vl_train.plan import command as plan
 
     parser = argparse.ArgumentParser("qwen2vl", description="Train Qwen2-VL from its parts: three stages, one trainer.")
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_arguments(commands)
     assemble.add_arguments(commands)
     ask.add_arguments(commands)
+    show.add_arguments(commands)
 
     report = commands.add_parser("report", help="write report.html for a finished or running run")
     report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder, e.g. runs/demo")

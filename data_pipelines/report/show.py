@@ -80,7 +80,9 @@ def add_show_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page and print its path."""
-    return show(read_data_run(options.config, options.stage, seed=options.seed, world=options.world), options)
+    settings = read_data_run(options.config, options.stage, seed=options.seed, world=options.world)
+    check_course(options.config, options.stage, options.step)
+    return show(settings, options)
 
 
 def show(settings: DataRun, options: argparse.Namespace) -> int:
@@ -136,6 +138,25 @@ def check_rank(settings: DataRun, wanted: Wanted) -> None:
         raise ValueError(f"--rank {wanted.rank} needs --step: a pack by its number has no rank")
     if not 0 <= wanted.rank < settings.world:
         raise ValueError(f"--rank {wanted.rank}: the run has ranks 0 to {settings.world - 1}; see --world")
+
+
+def check_course(config: Path, stage: str | None, step: int | None) -> None:
+    """Refuse a step whose packs follow no longer from its number: the run went back after a loss spike.
+
+    Raises:
+        ValueError: naming the spike; the packs' numbers stand in the stage's files.
+    """
+    folder = (config if config.is_dir() else config.parent) / (stage or "")
+    path = folder / "spikes.jsonl"
+    if step is None or not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        spike = json.loads(line)
+        if spike.get("returned_to") is not None and step > spike["returned_to"]:
+            raise ValueError(
+                f"--step {step}: the run went back from step {spike['step']} to {spike['returned_to']} and on with "
+                f"other packs; ask for --pack K ({path.name} and the ledger name packs by number)"
+            )
 
 
 def load_plan(planner: Planner, settings: DataRun, wanted: Wanted, path: Path) -> None:

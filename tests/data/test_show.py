@@ -13,7 +13,7 @@ from data_pipelines.loader import PackLoader, new_planner, open_sources
 from data_pipelines.pack.read import PackReader
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.report.data_run import DataRun
-from data_pipelines.report.show import Wanted, check_rank, find_packs, load_plan
+from data_pipelines.report.show import Wanted, check_course, check_rank, find_packs, load_plan
 
 COST = PackCost(1.0, 0.01, 0.5, 0.001)
 
@@ -117,7 +117,7 @@ def test_the_command_writes_a_page_of_exactly_these_packs(tiny, tmp_path, capsys
     assert supervised == [batch.num_supervised for batch in given]
 
 
-def test_wrong_questions_say_what_there_is(tiny):
+def test_wrong_questions_say_what_there_is(tiny, tmp_path):
     run = run_of(tiny)
     with pytest.raises(ValueError, match="--step N"):
         Wanted()
@@ -125,5 +125,11 @@ def test_wrong_questions_say_what_there_is(tiny):
         Wanted(step=0)
     with pytest.raises(ValueError, match="ranks 0 to 1"):
         check_rank(run, Wanted(step=1, rank=2))
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision" / "spikes.jsonl").write_text('{"step": 9, "returned_to": 5}\n')
+    check_course(tmp_path, "vision", 5)
+    check_course(tmp_path, "vision", None)
+    with pytest.raises(ValueError, match="from step 9 to 5"):
+        check_course(tmp_path, "vision", 6)
     with pytest.raises(ValueError, match="needs --step"):
         check_rank(run, Wanted(pack=1, rank=0))
