@@ -38,7 +38,7 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World) -> Path
     `settings` is the resolved configuration, stored as `config.json` beside the results.
     """
     folder = Path(run.run_dir)
-    world.from_main(lambda: _open_run(folder, settings, world))
+    world.from_main(lambda: _open_run(run, folder, settings, world))
     monitor = Monitor(folder, run.monitor, settings, active=world.is_main)
     try:
         prepare_data(run, world, monitor)
@@ -122,7 +122,7 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
     resume = resume_of(run, name)
     if resume != "auto":  # what the stage left before is of another course
         world.from_main(lambda: result.unlink(missing_ok=True))
-    world.from_main(lambda: _hold_settings(run, name, anew=resume != "auto"))
+    world.from_main(lambda: _keep_settings(run, name))
     if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return False
@@ -194,7 +194,11 @@ def initial_weights(run: RunConfig, name: str) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _open_run(folder: Path, settings: Mapping[str, Any], world: World) -> None:
+def _open_run(run: RunConfig, folder: Path, settings: Mapping[str, Any], world: World) -> None:
+    """Make the folder or refuse it; what it tells of the run so far changes only once the new settings are accepted."""
+    for name in run.chain:
+        if resume_of(run, name) == "auto":
+            _refuse_other_settings(run, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", dict(settings))
@@ -214,34 +218,49 @@ def _open_run(folder: Path, settings: Mapping[str, Any], world: World) -> None:
     )
 
 
-def _hold_settings(run: RunConfig, name: str, anew: bool) -> None:
-    """Keep what decides the stage's outcome beside it, and refuse to continue or reuse it under other settings.
+def _refuse_other_settings(run: RunConfig, name: str) -> None:
+    """Neither continue nor reuse stage `name` under other settings than it was begun with.
 
     Raises:
         ConfigError: naming each key that differs, with both values.
     """
-    path = Path(run.run_dir) / name / "settings.json"
+    path = _settings_file(run, name)
+    if not path.is_file():
+        return
+    mine, held = _deciding_settings(run, name), json.loads(path.read_text())
+    changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
+    sources = f"stages.{name}.data.sources."
+    if run.data_change == "accept":
+        changed = [key for key in changed if not key.startswith(sources)]
+    if changed:
+        accept = ", set data_change=accept" if all(key.startswith(sources) for key in changed) else ""
+        listed = "; ".join(f"{key}: was {held.get(key)}, is {mine.get(key)}" for key in changed[:10])
+        raise ConfigError(
+            f"{path.parent} was begun with other settings ({listed}). Restore them{accept}, choose another "
+            f"run_dir, or start the stage anew with stage={name} resume=none"
+        )
+
+
+def _keep_settings(run: RunConfig, name: str) -> None:
+    """Keep what decides the stage's outcome beside it."""
+    path = _settings_file(run, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
+        write_json(path, _deciding_settings(run, name))
+
+
+def _settings_file(run: RunConfig, name: str) -> Path:
+    return Path(run.run_dir) / name / "settings.json"
+
+
+def _deciding_settings(run: RunConfig, name: str) -> dict[str, Any]:
+    """The settings that change what stage `name` makes, flat, as JSON reads them back."""
     stage = asdict(run.stages[name])
     for how in ("loader", "remote"):  # workers and caches do not change what is trained
         stage["data"].pop(how)
-    model = asdict(run.model.config)
-    mine = json.loads(json.dumps(_flat({"seed": run.seed, "model.config": model, f"stages.{name}": stage})))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and not anew:
-        held = json.loads(path.read_text())
-        changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
-        sources = f"stages.{name}.data.sources."
-        if run.data_change == "accept":
-            changed = [key for key in changed if not key.startswith(sources)]
-        if changed:
-            accept = ", set data_change=accept" if all(key.startswith(sources) for key in changed) else ""
-            listed = "; ".join(f"{key}: was {held.get(key)}, is {mine.get(key)}" for key in changed[:10])
-            raise ConfigError(
-                f"{path.parent} was begun with other settings ({listed}). Restore them{accept}, choose another "
-                f"run_dir, or start the stage anew with stage={name} resume=none"
-            )
-    if not (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
-        write_json(path, mine)
+    flat = _flat({"seed": run.seed, "model.config": asdict(run.model.config), f"stages.{name}": stage})
+    plain: dict[str, Any] = json.loads(json.dumps(flat))
+    return plain
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

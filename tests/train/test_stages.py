@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from qwen2vl_train.config import ConfigError, load_config
-from qwen2vl_train.stages import _hold_settings, _summarise, initial_weights
+from qwen2vl_train.stages import _keep_settings, _open_run, _summarise, initial_weights
 from qwen2vl_train.training.clock import RunClock
+from qwen2vl_train.training.world import World
 
 
 def demo(tmp_path, *overrides):
@@ -44,22 +47,30 @@ def test_the_minutes_are_of_all_invocations_and_a_repetition_adds_none(tmp_path)
     assert 10 <= json.loads((tmp_path / "summary.json").read_text())["minutes"] < 12
 
 
+def begin(run, config):
+    """What opening a run writes and refuses, and a stage that begins keeps."""
+    _open_run(run, Path(run.run_dir), config, World(0, 1, 0, torch.device("cpu")))
+    _keep_settings(run, "vision")
+
+
 def test_other_settings_in_a_begun_stage_are_refused_by_name(tmp_path):
-    _hold_settings(demo(tmp_path), "vision", anew=False)
-    _hold_settings(demo(tmp_path, "shared.loader.num_workers=3"), "vision", anew=False)  # changes nothing trained
+    begin(demo(tmp_path), {"is": "old"})
+    begin(demo(tmp_path, "shared.loader.num_workers=3"), {"is": "old"})  # changes nothing trained
     changed = demo(tmp_path, "stages.vision.optim.lr.vit=0.5")
     with pytest.raises(ConfigError, match=r"stages\.vision\.optim\.lr\.vit: was 0\.001, is 0\.5"):
-        _hold_settings(changed, "vision", anew=False)
+        begin(changed, {"is": "new"})
     with pytest.raises(ConfigError, match="seed: was 0, is 7"):
-        _hold_settings(replace(demo(tmp_path), seed=7), "vision", anew=False)
+        begin(replace(demo(tmp_path), seed=7), {"is": "new"})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"is": "old"}  # refused, so without a trace
     other_data = demo(tmp_path, "mixture.vision.captions.weight=2")
     with pytest.raises(
         ConfigError, match=r"captions\.weight: was 1\.0, is 2\.0\). Restore them, set data_change=accept"
     ):
-        _hold_settings(other_data, "vision", anew=False)
-    _hold_settings(replace(other_data, data_change="accept"), "vision", anew=False)
-    _hold_settings(other_data, "vision", anew=False)
+        begin(other_data, {})
+    begin(replace(other_data, data_change="accept"), {})
+    begin(other_data, {})
     with pytest.raises(ConfigError, match=r"optim\.lr\.vit: was 0\.001, is 0\.5\). Restore them, choose"):
-        _hold_settings(replace(changed, data_change="accept"), "vision", anew=False)
-    _hold_settings(changed, "vision", anew=True)
+        begin(replace(changed, data_change="accept"), {})
+    begin(replace(changed, resume="none"), {"is": "new"})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"is": "new"}
     assert json.loads((tmp_path / "vision" / "settings.json").read_text())["stages.vision.optim.lr.vit"] == 0.5
