@@ -82,7 +82,7 @@ class PlanConfig:
 class LoaderConfig:
     """Worker processes per rank (0: decode in the training process) and packs prefetched by each.
 
-    `prefetch_mb` bounds the shared memory of a rank's prefetched packs; it lowers `prefetch_factor`, to 1 at least.
+    `prefetch_mb` bounds the shared memory of a rank's prefetched packs; fewer are made ahead where it is small.
     `sample_timeout_s`: a sample that takes longer is left out, and its worker replaced.
     `clip_cache`: a folder on local disk that keeps decoded clips, at most `clip_cache_gb` (10^9 bytes); None: none.
     """
@@ -133,6 +133,7 @@ class DataConfig:
     """A stage's data: the mixture (name → source), the text template, budgets, packing and workers.
 
     template "plain" writes prompt + answer + <|endoftext|> (Qwen-VL's pretraining form); "chatml" the chat template.
+    `reader` "webdataset" reads tars once from start to end, without an index (docs/data.md: what that costs).
     `vision_ids` writes "Picture 1: ", "Video 1: " before each media item, as the chat template's `add_vision_id`.
     """
 
@@ -143,3 +144,4 @@ class DataConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     vision_ids: bool = False
     remote: RemoteConfig = field(default_factory=RemoteConfig)
+    reader: Literal["index", "webdataset"] = "index"

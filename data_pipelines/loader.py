@@ -22,7 +22,7 @@ from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.pack.read import PackReader
-from data_pipelines.pack.workers import WorkerPool, slot_bytes
+from data_pipelines.pack.workers import MakeReader, NameSample, WorkerPool, packs_ahead, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
 from data_pipelines.plan.mixture import mixture_phases
@@ -102,13 +102,7 @@ class PackLoader:
         progress: Progress | None = None,
         cost: PackCost | None = None,
     ) -> None:
-        if packs_per_step % world or packs_per_step < 1:
-            raise ValueError(
-                f"packs_per_step={packs_per_step} is not a multiple of the world size {world}: every rank takes the "
-                f"same number of packs; use packs_per_step={-(-max(1, packs_per_step) // world) * world} or other ranks"
-            )
-        if not config.sources:
-            raise ValueError("data.sources is empty: name at least one source with its shards")
+        check_step(config, packs_per_step, world)
         self.dataset_names = tuple(config.sources)
         self._config, self._tokenizer, self._pin_memory = config, tokenizer, pin_memory
         self._packs_per_step, self._rank, self._world, self._seed = packs_per_step, rank, world, seed
@@ -145,21 +139,11 @@ class PackLoader:
         Raises:
             ValueError: the state belongs to other data, budgets or seed; the message names what differs.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")
         mine, theirs = self._identity(), state["identity"]
-        changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-        other = [name for name in changed if not (accept_changes and name.startswith(SOURCE))]
-        if other:
-            listed = "; ".join(f"{name}: was {theirs.get(name)}, is {mine.get(name)}" for name in changed)
-            only_sources = all(name.startswith(SOURCE) for name in changed)
-            remedy = ", set data_change=accept to go on with the data as it is now" if only_sources else ""
-            raise ValueError(
-                f"cannot continue the data exactly, the settings differ: {listed}. Restore them{remedy}, or start anew"
-            )
+        changed = check_identity(state, mine, accept_changes)
         plan, notes = state["plan"], list[str]()
         if changed:
-            plan, notes = carry_over(plan, _source_facts(theirs), _source_facts(mine), self._planner.phases)
+            plan, notes = carry_over(plan, source_facts(theirs), source_facts(mine), self._planner.phases)
         self._planner.load_state_dict(plan)
         self._state = self._planner.state_dict()
         return notes
@@ -181,19 +165,13 @@ class PackLoader:
 
     def _batches(self, packs: Iterator[Pack]) -> Iterator[PackedBatch]:
         """The packs as batches, made here or by workers."""
-        settings, plan = self._config.loader, self._config.plan
         reader = PackReader(self._sources, self._config, self._tokenizer)
-        if settings.num_workers == 0:
+        if self._config.loader.num_workers == 0:
             yield from (batch.pin_memory() if self._pin_memory else batch for batch in map(reader.__getitem__, packs))
-        size = slot_bytes(plan.max_tokens, plan.max_patches)
-        prefetch = max(1, min(settings.prefetch_factor, (settings.prefetch_mb << 20) // (size * settings.num_workers)))
-        pool = self._pool = WorkerPool(
+        pool = self._pool = open_pool(
+            self._config,
             lambda watch: PackReader(self._sources, self._config, self._tokenizer, watch).__getitem__,
             lambda pack, number: (self.dataset_names[pack.items[number].source], reader.key(pack.items[number])),
-            settings.num_workers,
-            prefetch,
-            size,
-            settings.sample_timeout_s,
             self._pin_memory,
         )
         while self._pool is pool:
@@ -206,23 +184,74 @@ class PackLoader:
 
     def _identity(self) -> dict[str, Any]:
         """What decides the plan besides its state."""
-        config = self._config
-        mixture = {name: [source.weight, source.epochs, source.schedule] for name, source in config.sources.items()}
-        return {
-            "seed": self._seed,
-            "template": config.template,
-            "vision_ids": config.vision_ids or None,  # absent in states of runs without it
-            "tokenizer": self._tokenizer.fingerprint,
-            "media": repr(config.media),
-            "plan": repr(config.plan),
-            "cost": repr(self._cost) if config.plan.packing == "balanced" else None,
-            **{
-                f"{SOURCE}{source.name}": [len(source.shards), source.fingerprint, repr(mixture[source.name])]
-                for source in self._sources
-            },
-        }
+        facts = {source.name: (len(source.shards), source.fingerprint) for source in self._sources}
+        return identity_of(self._config, self._tokenizer, self._seed, self._cost, facts)
 
 
-def _source_facts(identity: Mapping[str, Any]) -> dict[str, SourceFacts]:
+def check_step(config: DataConfig, packs_per_step: int, world: int) -> None:
+    """Refuse a step that ranks cannot share alike, and a mixture of nothing."""
+    if packs_per_step % world or packs_per_step < 1:
+        raise ValueError(
+            f"packs_per_step={packs_per_step} is not a multiple of the world size {world}: every rank takes the "
+            f"same number of packs; use packs_per_step={-(-max(1, packs_per_step) // world) * world} or other ranks"
+        )
+    if not config.sources:
+        raise ValueError("data.sources is empty: name at least one source with its shards")
+
+
+def open_pool(
+    config: DataConfig, make_reader: MakeReader, name_sample: NameSample, pin_memory: bool, room: int = 0
+) -> WorkerPool:
+    """The workers of `config.loader`; a slot has `room` bytes beside the largest pack's."""
+    settings, size = config.loader, slot_bytes(config.plan.max_tokens, config.plan.max_patches)
+    ahead = packs_ahead(settings.num_workers, settings.prefetch_factor, settings.prefetch_mb, size)
+    return WorkerPool(
+        make_reader, name_sample, settings.num_workers, ahead, size + room, settings.sample_timeout_s, pin_memory
+    )
+
+
+def identity_of(
+    config: DataConfig,
+    tokenizer: TextTokenizer,
+    seed: int,
+    cost: PackCost | None,
+    sources: Mapping[str, tuple[int, str]],
+) -> dict[str, Any]:
+    """What decides a plan besides its state; `sources` gives each one's number of shards and their fingerprint."""
+    mixture = {name: [source.weight, source.epochs, source.schedule] for name, source in config.sources.items()}
+    return {
+        "seed": seed,
+        "template": config.template,
+        "reader": None if config.reader == "index" else config.reader,  # absent in states of runs without it
+        "vision_ids": config.vision_ids or None,  # likewise
+        "tokenizer": tokenizer.fingerprint,
+        "media": repr(config.media),
+        "plan": repr(config.plan),
+        "cost": repr(cost) if config.plan.packing == "balanced" else None,
+        **{f"{SOURCE}{name}": [*facts, repr(mixture[name])] for name, facts in sources.items()},
+    }
+
+
+def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], accept_changes: bool) -> list[str]:
+    """What differs between `mine` and the identity in `state`.
+
+    Raises:
+        ValueError: it is not allowed to; with names, values and the remedy.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")
+    theirs = state["identity"]
+    changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    if all(accept_changes and name.startswith(SOURCE) for name in changed):
+        return changed
+    listed = "; ".join(f"{name}: was {theirs.get(name)}, is {mine.get(name)}" for name in changed)
+    only_sources = all(name.startswith(SOURCE) for name in changed)
+    remedy = ", set data_change=accept to go on with the data as it is now" if only_sources else ""
+    raise ValueError(
+        f"cannot continue the data exactly, the settings differ: {listed}. Restore them{remedy}, or start anew"
+    )
+
+
+def source_facts(identity: Mapping[str, Any]) -> dict[str, SourceFacts]:
     """The sources of a loader's identity, in order."""
     return {key.removeprefix(SOURCE): SourceFacts(*facts) for key, facts in identity.items() if key.startswith(SOURCE)}

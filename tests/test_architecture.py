@@ -14,7 +14,7 @@ ORDER = [
     ["encode"],
     ["index", "sources"],
     ["ledger", "plan", "pack"],
-    ["loader"],
+    ["loader", "streaming"],
     ["report"],
     ["cli", "__main__"],
 ]

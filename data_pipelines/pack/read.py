@@ -7,6 +7,7 @@ the plan never moves. Stateless: the batch depends on the pack alone, so any wor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch.utils.data import Dataset
 
@@ -14,12 +15,33 @@ from data_pipelines.config import DataConfig
 from data_pipelines.decode.clip_cache import open_clip_cache
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError, PlanMismatch
-from data_pipelines.index.source import SourceIndex
 from data_pipelines.pack.collate import collate
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack
-from data_pipelines.samples import Encoded, LedgerEvent, PackedBatch
+from data_pipelines.samples import Encoded, LedgerEvent, PackedBatch, Record
 from data_pipelines.tokenizer import TextTokenizer
+
+
+class SampleSource(Protocol):
+    """Where a pack's samples are read from: a `SourceIndex`, or samples that a pack brings along."""
+
+    name: str
+
+    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
+        """The (shard, row) samples that are read next."""
+        ...
+
+    def key(self, shard: int, row: int) -> str:
+        """The key of a sample."""
+        ...
+
+    def read(self, shard: int, row: int) -> tuple[Record, Callable[[str], bytes]]:
+        """A sample's record, and a function that reads a media member by name."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is open."""
+        ...
 
 
 class PackReader(Dataset[PackedBatch]):
@@ -27,7 +49,7 @@ class PackReader(Dataset[PackedBatch]):
 
     def __init__(
         self,
-        sources: Sequence[SourceIndex],
+        sources: Sequence[SampleSource],
         config: DataConfig,
         tokenizer: TextTokenizer,
         watch: Callable[[int], None] = lambda item: None,

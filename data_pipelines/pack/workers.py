@@ -1,9 +1,9 @@
 """Worker processes that make batches in order, and are replaced when they die or hang.
 
 Enters: packs. Leaves: their batches, in the order of the packs. Both travel through slots of shared memory, only places
-and sizes through pipes, so neither side ever blocks on a full pipe. Memory is bounded: `num_workers * prefetch + 1`
-slots, each sized for the largest pack the budgets allow and touched only as far as it is used. It is anonymous: it does
-not count against /dev/shm (64 MB in a container by default), and nothing can be left behind.
+and sizes through pipes, so neither side ever blocks on a full pipe. Memory is bounded: `ahead` slots, each sized for
+the largest pack the budgets allow and touched only as far as it is used. It is anonymous: it does not count against
+/dev/shm (64 MB in a container by default), and nothing can be left behind.
 
 Why not torch's DataLoader: its death handler raises in the training step instead of where data is asked for, one dead
 or stuck worker ends the whole loader, and a worker that hangs in C blocks the parent without a deadline.
@@ -37,8 +37,10 @@ from torch import Tensor
 from data_pipelines.plan.planner import Pack
 from data_pipelines.samples import LedgerEvent, PackedBatch
 
-MakeBatch = Callable[[Pack], PackedBatch]
+MakeBatch = Callable[[Any], PackedBatch]
 MakeReader = Callable[[Callable[[int], None]], MakeBatch]
+
+NameSample = Callable[[Any, int], tuple[str, str]]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ALIGNMENT = 64
@@ -66,7 +68,8 @@ class _Worker:
 class WorkerPool:
     """`num_workers` processes that read packs. `make_reader(watch)` is called once in each; it returns pack → batch.
 
-    `slot_bytes` bounds the tensors of one pack. `name_sample(pack, i)` gives (dataset, key) of a sample for the ledger.
+    At most `ahead` packs are under way or wait to be taken. `slot_bytes` bounds the tensors of one pack.
+    `name_sample(pack, i)` gives (dataset, key) of a sample for the ledger.
 
     Raises (from `next`):
         RuntimeError: a worker's program fails (not a sample), with its traceback.
@@ -75,16 +78,16 @@ class WorkerPool:
     def __init__(
         self,
         make_reader: MakeReader,
-        name_sample: Callable[[Pack, int], tuple[str, str]],
+        name_sample: NameSample,
         num_workers: int,
-        prefetch: int,
+        ahead: int,
         slot_bytes: int,
         sample_timeout_s: float,
         pin_memory: bool = False,
     ) -> None:
         self._make_reader, self._name_sample = make_reader, name_sample
-        self._prefetch, self._sample_timeout_s, self._pin_memory = prefetch, sample_timeout_s, pin_memory
-        self._slots = [mmap.mmap(-1, slot_bytes) for _ in range(num_workers * prefetch + 1)]
+        self._sample_timeout_s, self._pin_memory = sample_timeout_s, pin_memory
+        self._slots = [mmap.mmap(-1, slot_bytes) for _ in range(ahead)]
         self._free = list(range(len(self._slots)))
         # What each worker is at: pack number, item (-1: none), and when it began, in ns of the monotonic clock.
         self._at = np.frombuffer(mmap.mmap(-1, num_workers * 24), np.int64).reshape(num_workers, 3)
@@ -95,7 +98,7 @@ class WorkerPool:
     @property
     def has_room(self) -> bool:
         """Whether another pack can be submitted before one is taken."""
-        return len(self._tickets) < len(self._workers) * self._prefetch
+        return bool(self._free)
 
     def submit(self, pack: Pack) -> None:
         """Give `pack` to the worker with the least to do."""
@@ -130,6 +133,8 @@ class WorkerPool:
             worker.pipe.close()
         self._workers.clear()
         self._tickets.clear()
+        self._slots.clear()  # their memory goes with the last mapping
+        self._free.clear()
 
     def _start(self, number: int, waiting: Sequence[_Ticket] = ()) -> _Worker:
         context = get_context("fork")
@@ -221,7 +226,7 @@ def _serve(
     parent: int,
 ) -> None:
     """A worker's life: packs in, batches out, until the parent closes the pipe or dies."""
-    _isolate(parent)
+    isolate(parent)
     parents_end.close()
     current = -1
 
@@ -248,7 +253,7 @@ def _serve(
         pipe.send(reply)
 
 
-def _isolate(parent: int) -> None:
+def isolate(parent: int) -> None:
     """One thread a worker; Ctrl-C is the parent's business, which ends its workers; a killed parent takes them along.
 
     The kernel's signal follows the thread that forked the worker, so a pool is used from its process's main thread.
@@ -305,6 +310,14 @@ def _unpack(place: tuple[int, int], slot: mmap.mmap, pin_memory: bool) -> Packed
                 tensor.copy_(stored.view(value.shape))
             values[name] = tensor
     return PackedBatch(**values)
+
+
+def packs_ahead(num_workers: int, prefetch_factor: int, prefetch_mb: int, slot_bytes: int) -> int:
+    """How many packs are made ahead: `prefetch_factor` a worker, fewer where slots would take over `prefetch_mb` MiB.
+
+    At least 1, whatever it takes: raise `prefetch_mb` where workers would idle.
+    """
+    return max(1, min(num_workers * prefetch_factor, (prefetch_mb << 20) // slot_bytes))
 
 
 def slot_bytes(max_tokens: int, max_patches: int) -> int:

@@ -65,7 +65,7 @@ class Planner:
         self.phases, self._plan, self._cost = phases, plan, cost
         self._phase = 0
         self._mixture = Mixture(phases[0].weights)
-        self._packer = self._new_packer(None)
+        self._packer = new_packer(plan, None, cost)
         self._shared = _Shared([], {} if plan.packing == "task" else None)
         self._cursors = [
             _Cursor(number, source, media, plan, seed, self._shared) for number, source in enumerate(sources)
@@ -108,7 +108,7 @@ class Planner:
             cursor.load_state_dict(place)
         self._shared.events.clear()  # told when the blocks were opened first
         self._items = self._draw_items()
-        self._packer = self._new_packer(state["pool"])
+        self._packer = new_packer(self._plan, state["pool"], self._cost)
 
     def _draw_items(self) -> Iterator[Item]:
         """The samples in the order in which they enter the pool; its place is that of the mixture and the cursors."""
@@ -121,18 +121,19 @@ class Planner:
                 item = next(cursor.items, None)
             yield item
 
-    def _new_packer(self, state: Mapping[str, Any] | None) -> Packer:
-        plan = self._plan
-        budgets = (plan.max_tokens, plan.max_patches, plan.pool_size)
-        if plan.packing == "single":
-            return SinglePacker()
-        if plan.packing == "task":
-            return TaskPacker(*budgets, state)
-        if plan.packing == "pool":
-            return PoolPacker(*budgets, state)
-        if self._cost is None:
-            raise ValueError("plan.packing=balanced needs the model's cost (PackLoader's argument `cost`); or use pool")
-        return CostPacker(*budgets, self._cost, state)
+
+def new_packer(plan: PlanConfig, state: Mapping[str, Any] | None, cost: PackCost | None) -> Packer:
+    """The packer that `plan` names, going on from `state`; `cost` is needed for balanced packing."""
+    budgets = (plan.max_tokens, plan.max_patches, plan.pool_size)
+    if plan.packing == "single":
+        return SinglePacker()
+    if plan.packing == "task":
+        return TaskPacker(*budgets, state)
+    if plan.packing == "pool":
+        return PoolPacker(*budgets, state)
+    if cost is None:
+        raise ValueError("plan.packing=balanced needs the model's cost (PackLoader's argument `cost`); or use pool")
+    return CostPacker(*budgets, cost, state)
 
 
 @dataclass(frozen=True, slots=True)

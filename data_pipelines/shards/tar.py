@@ -26,7 +26,7 @@ BLOCK = 512
 MAX_EXTENDED_HEADER = 1 << 20
 _NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
-_REGULAR = b"0\0007"
+REGULAR = b"0\0007"
 _OTHER = {ord("1"): "hard link", ord("2"): "symbolic link", ord("3"): "device", ord("4"): "device", ord("6"): "pipe"}
 _ZEROS = bytes(BLOCK)
 
@@ -57,7 +57,9 @@ class TarScan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class Header:
+    """What a header block states: the member's name, size in bytes, type flag; `crc` is the CRC-32 of the block."""
+
     name: str
     size: int
     kind: int
@@ -72,7 +74,7 @@ def scan_tar(file: ShardFile) -> TarScan:
     last_key = ""
     try:
         for header, offset in _members(file, problems):
-            named = _key_and_suffix(header, file.name, problems)
+            named = key_and_suffix(header, file.name, problems)
             if named is None:
                 continue
             key, suffix = named
@@ -104,7 +106,7 @@ def scan_tar(file: ShardFile) -> TarScan:
     return TarScan([TarSample(key, members) for key, members in groups.items()], problems)
 
 
-def _members(file: ShardFile, problems: list[ShardError]) -> Iterator[tuple[_Header, int]]:
+def _members(file: ShardFile, problems: list[ShardError]) -> Iterator[tuple[Header, int]]:
     """Every member's header, with long names resolved, and the offset of its data."""
     if file.size == 0:
         raise ShardError(file.name, "bad_header", "the file is empty")
@@ -118,16 +120,16 @@ def _members(file: ShardFile, problems: list[ShardError]) -> Iterator[tuple[_Hea
         if block == _ZEROS:
             _check_end(file, offset, problems)
             return
-        header = _parse(block, file.name, offset)
+        header = parse_header(block, file.name, offset)
         data, offset = offset + BLOCK, offset + BLOCK + -(-header.size // BLOCK) * BLOCK
         if header.kind in b"xgLK":
             extended = _extended(file, header, data)
             overrides.update(extended if header.kind != ord("g") else {})
             continue
         if "size" in overrides:
-            header = _Header(header.name, _decimal(overrides["size"], file.name, data), header.kind, header.crc)
+            header = Header(header.name, decimal(overrides["size"], file.name, data), header.kind, header.crc)
             offset = data + -(-header.size // BLOCK) * BLOCK
-        yield _Header(overrides.get("path", header.name), header.size, header.kind, header.crc), data
+        yield Header(overrides.get("path", header.name), header.size, header.kind, header.crc), data
         overrides = {}
     if offset != file.size:
         raise ShardError(file.name, "cut_shard", f"the file ends inside a header, at byte {file.size}: copy it again")
@@ -136,8 +138,12 @@ def _members(file: ShardFile, problems: list[ShardError]) -> Iterator[tuple[_Hea
     )
 
 
-def _parse(block: bytes, name: str, offset: int) -> _Header:
-    """One header block (POSIX ustar or GNU)."""
+def parse_header(block: bytes, name: str, offset: int) -> Header:
+    """One header block (POSIX ustar or GNU) of the shard `name`.
+
+    Raises:
+        ShardError: "bad_header": its checksum is wrong.
+    """
     try:
         stored = _number(block[148:156])
         size = _number(block[124:136])
@@ -151,14 +157,22 @@ def _parse(block: bytes, name: str, offset: int) -> _Header:
     text = _text(block[0:100])
     if block[257:263] == b"ustar\0" and block[345]:
         text = f"{_text(block[345:500])}/{text}"
-    return _Header(text, size, block[156], zlib.crc32(block))
+    return Header(text, size, block[156], zlib.crc32(block))
 
 
-def _extended(file: ShardFile, header: _Header, offset: int) -> dict[str, str]:
+def _extended(file: ShardFile, header: Header, offset: int) -> dict[str, str]:
     """What a pax ("x") or GNU long-name ("L") header says of the member after it."""
     if header.size > MAX_EXTENDED_HEADER or offset + header.size > file.size:
         raise ShardError(file.name, "bad_header", f"extended header at {offset} claims {header.size} bytes")
-    data = file.read(offset, header.size)
+    return parse_extended(header, file.read(offset, header.size), file.name, offset)
+
+
+def parse_extended(header: Header, data: bytes, shard: str, offset: int) -> dict[str, str]:
+    """The content of an extended header, which overrides fields of the member after it ("path", "size").
+
+    Raises:
+        ShardError: "bad_header": it does not parse.
+    """
     if header.kind == ord("L"):
         return {"path": _text(data)}
     if header.kind == ord("K"):
@@ -167,16 +181,16 @@ def _extended(file: ShardFile, header: _Header, offset: int) -> dict[str, str]:
     while data:
         length, space, _ = data.partition(b" ")
         if not space or not length.isdigit() or not len(length) < int(length) <= len(data):
-            raise ShardError(file.name, "bad_header", f"pax header at {offset} does not parse")
+            raise ShardError(shard, "bad_header", f"pax header at {offset} does not parse")
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         fields[_text(key)] = value.decode("utf-8", "backslashreplace")
         data = data[int(length) :]
     return fields
 
 
-def _key_and_suffix(header: _Header, shard: str, problems: list[ShardError]) -> tuple[str, str] | None:
+def key_and_suffix(header: Header, shard: str, problems: list[ShardError]) -> tuple[str, str] | None:
     """(key, suffix) of a regular member; None for what belongs to no sample, reported unless that is common."""
-    if header.kind not in _REGULAR:
+    if header.kind not in REGULAR:
         if header.kind != ord("5"):
             what = _OTHER.get(header.kind, f"type {header.kind:#x}")
             problems.append(ShardError(shard, "not_a_file", f"member {header.name!r} is a {what}: ignored"))
@@ -186,7 +200,12 @@ def _key_and_suffix(header: _Header, shard: str, problems: list[ShardError]) -> 
     if name.startswith("/") or ".." in parts:
         problems.append(ShardError(shard, "unsafe_name", f"member {header.name!r} points outside: ignored"))
         return None
-    match = _NAME.match(name)
+    return split_name(name)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, suffix) of a member's name; None for names that belong to no sample."""
+    match = _NAME.match(name.removeprefix("./"))
     if match is None or _META.match(name):
         return None
     return match[1], match[2].lower()
@@ -217,7 +236,7 @@ def _number(data: bytes) -> int:
     return int(digits, 8) if digits else 0
 
 
-def _decimal(text: str, shard: str, offset: int) -> int:
+def decimal(text: str, shard: str, offset: int) -> int:
     if not text.isdigit():
         raise ShardError(shard, "bad_header", f"pax header before {offset} has size {text!r}")
     return int(text)

@@ -69,7 +69,7 @@ def make_pool():
             lambda watch: Reader(watch, acts),
             lambda pack, place: ("d", f"k{pack.items[place].row}"),
             workers,
-            prefetch,
+            workers * prefetch,
             slot_bytes(64, 16),
             timeout_s,
         )

@@ -1,0 +1,43 @@
+"""How far a stream is: which shards are done, epoch by epoch, over all ranks.
+
+Enters: the progress at the start of a run and what each rank has done since. Leaves: JSON of a bit a shard for each
+epoch under way, two or three as a rule; whole epochs are only counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Epoch → the shards done in it, as bits of an integer.
+Done = Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A source's progress: all epochs before `epoch` are done, of later ones the shards of `done`."""
+
+    epoch: int = 0
+    done: Done = field(default_factory=dict)
+
+    def plus(self, ranks: Iterable[Done], num_shards: int) -> Progress:
+        """With what the ranks have done since."""
+        merged = dict(self.done)
+        for rank in ranks:
+            for epoch, shards in rank.items():
+                merged[epoch] = merged.get(epoch, 0) | shards
+        epoch = self.epoch
+        while merged.get(epoch) == (1 << num_shards) - 1:
+            del merged[epoch]
+            epoch += 1
+        return Progress(epoch, merged)
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as JSON."""
+        return {"epoch": self.epoch, "done": {str(epoch): f"{shards:x}" for epoch, shards in self.done.items()}}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Progress:
+        """What `to_json` wrote."""
+        return cls(state["epoch"], {int(epoch): int(shards, 16) for epoch, shards in state["done"].items()})

@@ -1,0 +1,311 @@
+"""Shards read once from start to end, through the webdataset package, with what it keeps silent said aloud.
+
+Enters: a path or URL (plain or gzip). Leaves: samples with their bytes, in tar order, and the shard's problems. Costs
+one pass; nothing is kept but the sample at hand and the keys seen.
+
+The package ends a shard at a corrupt header without a word. So the bytes pass through `TarWalk` on their way to it: it
+follows the headers, checks what `scan_tar` checks of a file (checksums, ends of members, the end marker, what follows
+it), and its findings become problems. Nothing is decoded by the package, and none of its openers runs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+from webdataset.handlers import reraise_exception
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from data_pipelines.config import RemoteConfig
+from data_pipelines.errors import ShardError
+from data_pipelines.shards.storage import is_remote
+from data_pipelines.shards.tar import (
+    BLOCK,
+    MAX_EXTENDED_HEADER,
+    Header,
+    decimal,
+    key_and_suffix,
+    parse_extended,
+    parse_header,
+    split_name,
+)
+
+MAX_MEMBER_BYTES = 1 << 30
+_GZIP = b"\x1f\x8b"
+_ZEROS = bytes(BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """The members that share a key, by suffix ("json", "0.jpg"), as stored."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+class TarWalk:
+    """Follows a tar's headers as its bytes come by; `problem` is what ends it early, lesser ones go to `problems`.
+
+    `name` is the shard's, `member` that of the member under way.
+    """
+
+    def __init__(self, name: str, problems: list[ShardError]) -> None:
+        self.problem: ShardError | None = None
+        self.name, self._problems = name, problems
+        self._at = self._skip = 0  # where the walk stands; bytes of data and padding still to pass
+        self._padding = 0
+        self.member = ""
+        self._block = bytearray()
+        self._extended: tuple[Header, bytearray] | None = None
+        self._overrides: dict[str, str] = {}
+        self._ended = False
+
+    def feed(self, data: bytes) -> int:
+        """Follow `data`; how many of its bytes may go on to the reader: all, or those before the fault."""
+        place = 0
+        while place < len(data) and self.problem is None:
+            piece = data[place : place + (self._skip or BLOCK - len(self._block))]
+            if self._ended:
+                piece = data[place:]
+                if piece.count(0) != len(piece):
+                    self._fail("data_after_end", f"bytes follow the end marker at {self._at} and are not read")
+            elif self._skip:
+                self._skip -= len(piece)
+                if self._extended is not None:
+                    self._extended[1].extend(piece)
+                    if not self._skip:
+                        self._take_extended()
+            else:
+                self._block += piece
+                if len(self._block) == BLOCK:
+                    self._take_header(bytes(self._block))
+                    self._block.clear()
+            if self.problem is None:
+                place += len(piece)
+                self._at += len(piece)
+        return place
+
+    def finish(self) -> None:
+        """The bytes ended; a second call does nothing."""
+        if self.problem is not None or self._ended:
+            return
+        self._ended = True
+        if self._at == 0:
+            self._fail("bad_header", "the file is empty")
+        elif self._skip > self._padding:
+            self._fail("cut_shard", f"the shard ends at byte {self._at}, inside member {self.member!r}")
+        elif self._block:
+            self._fail("cut_shard", f"the shard ends inside a header, at byte {self._at}: copy it again")
+        else:
+            message = "no two zero blocks at the end; the members up to here are whole"
+            self._problems.append(ShardError(self.name, "no_end_marker", message))
+
+    def _take_header(self, block: bytes) -> None:
+        if block == _ZEROS:
+            self._ended = True
+            return
+        try:
+            header = parse_header(block, self.name, self._at + BLOCK - len(block))
+            if header.kind in b"xgLK":
+                if header.size > MAX_EXTENDED_HEADER:
+                    raise ShardError(self.name, "bad_header", f"extended header claims {header.size} bytes")
+                self._extended = (header, bytearray())
+            else:
+                header = self._overridden(header)
+                key_and_suffix(header, self.name, self._problems)  # tells of links and unsafe names
+            self.member = header.name
+            if header.size > MAX_MEMBER_BYTES:
+                message = f"member {header.name!r} claims {header.size} bytes, limit {MAX_MEMBER_BYTES}"
+                raise ShardError(self.name, "media_too_big", message)
+        except ShardError as error:
+            self._fail(error.reason, error.message)
+            return
+        self._padding = -header.size % BLOCK
+        self._skip = header.size + self._padding
+        if self._extended is not None and not self._skip:
+            self._take_extended()
+
+    def _overridden(self, header: Header) -> Header:
+        overrides, self._overrides = self._overrides, {}
+        size = decimal(overrides["size"], self.name, self._at) if "size" in overrides else header.size
+        return Header(overrides.get("path", header.name), size, header.kind, header.crc)
+
+    def _take_extended(self) -> None:
+        assert self._extended is not None
+        header, data = self._extended
+        self._extended = None
+        try:
+            found = parse_extended(header, bytes(data[: header.size]), self.name, self._at)
+        except ShardError as error:
+            self._fail(error.reason, error.message)
+            return
+        self._overrides.update(found if header.kind != ord("g") else {})
+
+    def _fail(self, reason: str, message: str) -> None:
+        self.problem = ShardError(self.name, reason, message)
+
+
+def stream_samples(path: str, remote: RemoteConfig, problems: list[ShardError]) -> Iterator[RawSample]:
+    """The whole samples of a shard in tar order; what is wrong with it is appended to `problems` as it is found.
+
+    A damaged shard gives the samples before the damage. Every member of a key stands together; what of a key comes
+    later, and keys with a member twice, are problems and left out.
+    """
+    name = path.partition("?")[0] if is_remote(path) else path
+    walk = TarWalk(name, problems)
+    usual: Counter[tuple[str, ...]] = Counter()
+    held: RawSample | None = None
+    used = 0
+    whole = True
+    try:
+        with closing(_open(path, remote)) as source:
+            stream = _Checked(source, walk)
+            for sample in _grouped(stream, name, problems):
+                if held is not None:
+                    usual[tuple(held.members)] += 1
+                    used += 1
+                    yield held
+                held = sample
+            stream.drain()
+            if stream.silent_fault and held is not None:
+                # Behind it may lie more of the last sample: it is whole if it looks like the ones before it.
+                whole = tuple(held.members) in usual
+    except ShardError as error:
+        walk.problem = walk.problem or error
+    if held is not None and whole:
+        used += 1
+        yield held
+    if walk.problem is not None:
+        problem = walk.problem
+        problems.append(ShardError(name, problem.reason, f"{problem.message}; {used} samples before it are used"))
+
+
+def _grouped(stream: _Checked, name: str, problems: list[ShardError]) -> Iterator[RawSample]:
+    """The package's part: members by its tar iterator, samples by its grouping."""
+    files = tar_file_expander([{"url": name, "stream": stream}], handler=reraise_exception)
+    seen: set[str] = set()
+    repeated: set[str] = set()
+    members = _once(stream.until_fault(files, repeated), name, seen, repeated, problems)
+    for sample in group_by_keys(members, keys=split_name):
+        key = sample["__key__"]
+        if key not in repeated:
+            yield RawSample(key, {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")})
+
+
+def _once(
+    members: Iterable[dict[str, Any]], shard: str, seen: set[str], repeated: set[str], problems: list[ShardError]
+) -> Iterator[dict[str, Any]]:
+    """Members of samples, each (key, suffix) once and all of a key together; the rest become problems."""
+    key, suffixes = "", set[str]()
+    for member in members:
+        if not member:  # the package's mark of a shard's end
+            yield member
+            continue
+        path = member["fname"].removeprefix("./")
+        named = None if path.startswith("/") or ".." in path.split("/") else split_name(path)
+        if named is None:
+            continue
+        if named[0] != key:
+            seen.add(key)
+            key, suffixes = named[0], set()
+        if key in seen or named[1] in suffixes:
+            if key not in repeated:
+                message = "key repeated: which is meant is unknown" if key not in seen else "members are scattered"
+                problems.append(ShardError(f"{shard}/{key}", "duplicate_key", f"{message}, dropped"))
+            repeated.add(key)
+            continue
+        suffixes.add(named[1])
+        yield {**member, "fname": path}
+
+
+class _Checked:
+    """A readable stream whose bytes pass through a `TarWalk`; it ends where the walk finds a fault."""
+
+    def __init__(self, source: BinaryIO, walk: TarWalk) -> None:
+        self._source, self._walk = source, walk
+        self._raised = False
+
+    @property
+    def silent_fault(self) -> bool:
+        """The reader ended before the tar did, and said nothing."""
+        problem = self._walk.problem
+        return problem is not None and problem.reason != "data_after_end" and not self._raised
+
+    def read(self, size: int = -1) -> bytes:
+        if self._walk.problem is not None:
+            return b""
+        data = self._source.read(size)
+        if not data:
+            self._walk.finish()
+        return data[: self._walk.feed(data)]
+
+    def until_fault(self, files: Iterable[dict[str, Any]], unusable: set[str]) -> Iterator[dict[str, Any]]:
+        """The reader's members; what it raises ends them, and makes the sample of the member under way unusable."""
+        try:
+            yield from files
+        except (ShardError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            self._raised = True
+            if isinstance(error, tarfile.TarError):
+                self._walk.finish()
+            told = error if isinstance(error, ShardError) else None
+            told = told or ShardError(self._walk.name, "read_failed", f"{type(error).__name__}: {error}")
+            self._walk.problem = self._walk.problem or told
+            cut = split_name(self._walk.member)
+            unusable.update(cut[:1] if cut is not None else ())
+
+    def drain(self) -> None:
+        """Follow what the tar reader left: the end marker's zeros, or more than that."""
+        while self.read(1 << 20):
+            continue
+
+
+def _open(path: str, remote: RemoteConfig) -> BinaryIO:
+    """The shard's bytes from the start, unpacked where they are gzip."""
+    stream: io.BufferedReader
+    if is_remote(path):
+        stream = io.BufferedReader(_Chunks(_remote_chunks(path, remote)))
+    else:
+        try:
+            stream = open(path, "rb")  # noqa: SIM115  the caller closes it
+        except OSError as error:
+            raise ShardError(path, "unreadable_shard", f"cannot be opened: {error.strerror}") from error
+    if stream.peek(2)[:2] == _GZIP:
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+    return stream
+
+
+def _remote_chunks(url: str, remote: RemoteConfig) -> Iterator[bytes]:
+    from data_pipelines.shards.connection import stream_whole  # fsspec loads only where it is needed
+    from data_pipelines.shards.remote import RemoteFile
+
+    try:
+        return RemoteFile(url, remote).stream()
+    except ShardError as error:
+        if error.reason != "unknown_size":
+            raise
+        return stream_whole(url, remote)
+
+
+class _Chunks(io.RawIOBase):
+    """A raw stream over pieces of bytes."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count

@@ -1,0 +1,255 @@
+"""The data way without an index (`reader: webdataset`): tars and URLs read once, packs as samples come.
+
+Enters: as `loader`. Leaves: per global step this rank's `PackedBatch`es. Every rank reads shards of its own, so packs
+depend on the world size. State: which shards are done, over all ranks, and it can be resumed under any number of them;
+shards that were under way are read from their beginning again.
+
+    shards → samples → lengths → packs (a process of its own) → decode, encode → collate (workers)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from data_pipelines.config import DataConfig
+from data_pipelines.index.build import Progress as IndexProgress
+from data_pipelines.loader import (
+    SOURCE,
+    STATE_VERSION,
+    check_identity,
+    check_step,
+    identity_of,
+    open_pool,
+    source_facts,
+)
+from data_pipelines.pack.read import PackReader
+from data_pipelines.pack.stream_process import StreamProcess
+from data_pipelines.pack.workers import WorkerPool, slot_bytes
+from data_pipelines.plan.balance import PackCost, order_by_cost
+from data_pipelines.plan.progress import Done, Progress
+from data_pipelines.plan.stream import CountedSample, SourceStream, StreamedPack, StreamPlanner
+from data_pipelines.samples import PackedBatch, Record
+from data_pipelines.shards.storage import expand_shards
+from data_pipelines.tokenizer import TextTokenizer
+
+# Room in a worker's slot for the stored bytes of a pack, touched only as far as they need it.
+ROOM_BYTES = 512 << 20
+
+
+class StreamLoader:
+    """This rank's packs, step after step, without end; used like `PackLoader`.
+
+    `gather` gives what every rank passes to it, on every rank: `state_dict` is collective where there are several.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: TextTokenizer,
+        packs_per_step: int,
+        rank: int,
+        world: int,
+        seed: int,
+        pin_memory: bool = False,
+        progress: IndexProgress | None = None,
+        cost: PackCost | None = None,
+        gather: Callable[[Any], list[Any]] = lambda item: [item],
+    ) -> None:
+        check_step(config, packs_per_step, world)
+        self.dataset_names = tuple(config.sources)
+        self._config, self._tokenizer, self._pin_memory = config, tokenizer, pin_memory
+        self._packs_per_step, self._rank, self._world, self._seed = packs_per_step, rank, world, seed
+        self._cost, self._gather = cost, gather
+        self._shards = {
+            name: expand_shards(name, source.shards, config.remote) for name, source in config.sources.items()
+        }
+        # Where all ranks began, and what this one has done and packed since.
+        self._base = {name: Progress() for name in self._shards}
+        self._packs = self._tokens = 0
+        self._done: Mapping[str, Done] = {}
+        self._packed = self._steps = 0
+        self._make_planner({}, 0).close()  # refuses what cannot be streamed here, not in the first step
+        self._feed: StreamProcess | None = None
+        self._pool: WorkerPool | None = None
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        """Steps from the current state on; each is this rank's packs in slot order."""
+        self.close()
+        ahead: deque[tuple[Mapping[str, Done], int]] = deque()
+        batches = self._batches(self._numbered_packs(ahead))
+        while True:
+            step = list(islice(batches, self._packs_per_step // self._world))
+            if not step:
+                return  # closed meanwhile
+            # What counts as done is what was handed out.
+            self._done, tokens = ahead.popleft()
+            self._packed += tokens
+            self._steps += 1
+            yield step
+
+    def state_dict(self) -> dict[str, Any]:
+        """State after the last step handed out: JSON-able, the same on every rank. Collective."""
+        ranks = self._gather((self._done, self._packed))
+        sources = {
+            name: base.plus([done.get(name, {}) for done, _ in ranks], len(self._shards[name])).to_json()
+            for name, base in self._base.items()
+        }
+        packs = self._packs + self._steps * self._packs_per_step
+        tokens = self._tokens + sum(packed for _, packed in ranks)
+        stream = {"packs": packs, "tokens": tokens, "sources": sources}
+        return {"version": STATE_VERSION, "identity": self._identity(), "stream": stream}
+
+    def load_state_dict(self, state: dict[str, Any], accept_changes: bool = False) -> list[str]:
+        """Continue after the step at which `state` was taken; call it before iterating. As `PackLoader`'s.
+
+        Raises:
+            ValueError: the state belongs to other data, budgets or seed; the message names what differs.
+        """
+        mine, theirs = self._identity(), state["identity"]
+        notes = []
+        changed = check_identity(state, mine, accept_changes)
+        before, now = source_facts(theirs), source_facts(mine)
+        stream = state["stream"]
+        for name in self._base:
+            held = Progress.from_json(stream["sources"][name]) if name in before else None
+            if held is not None and before[name][:2] == now[name][:2]:
+                self._base[name] = held
+            else:
+                self._base[name] = Progress(held.epoch + 1 if held is not None else 0)
+                notes.append(f"source {name} is new or its shards changed: it begins epoch {self._base[name].epoch}")
+        notes += [f"source {name} is gone" for name in before if name not in now]
+        if any(key.startswith(SOURCE) for key in changed):
+            notes.append("the mixture counts its shares anew from here")
+        self._packs, self._tokens = stream["packs"], stream["tokens"]
+        self._done, self._packed, self._steps = {}, 0, 0
+        return notes
+
+    def close(self) -> None:
+        """End the processes. Iterating again starts them anew from the current state."""
+        pool, self._pool = self._pool, None
+        feed, self._feed = self._feed, None
+        if pool is not None:
+            pool.close()
+        if feed is not None:
+            feed.close()
+
+    def _make_planner(self, done: Mapping[str, Done], packed: int) -> StreamPlanner:
+        streams = [
+            SourceStream(
+                name,
+                shards,
+                self._base[name],
+                done.get(name, {}),
+                self._config,
+                self._seed,
+                self._rank,
+                self._world,
+            )
+            for name, shards in self._shards.items()
+        ]
+        tokens = self._tokens + packed * self._world
+        return StreamPlanner(streams, self._config, self._tokenizer, self._world, tokens, self._cost)
+
+    def _numbered_packs(self, ahead: deque[tuple[Mapping[str, Done], int]]) -> Iterator[StreamedPack]:
+        """This rank's packs by their numbers in the run; what is done after each step is appended to `ahead`."""
+        next_pack = self._planned_packs()
+        for step in range(self._steps, 1 << 62):
+            packs = [next_pack() for _ in range(self._packs_per_step // self._world)]
+            ahead.append((packs[-1].done, sum(pack.num_tokens for pack in packs)))
+            if self._cost is not None:
+                packs = order_by_cost(packs, self._cost)
+            first = self._packs + step * self._packs_per_step + self._rank
+            yield from (replace(pack, number=first + slot * self._world) for slot, pack in enumerate(packs))
+
+    def _planned_packs(self) -> Callable[[], StreamedPack]:
+        done, packed = self._done, self._packed
+        if self._config.loader.num_workers == 0:
+            return self._make_planner(done, packed).next_pack
+        self._feed = StreamProcess(lambda since, tokens: self._make_planner(since or done, packed + tokens))
+        return self._feed.next_pack
+
+    def _batches(self, packs: Iterator[StreamedPack]) -> Iterator[PackedBatch]:
+        """The packs as batches, made here or by workers."""
+        config = self._config
+        if config.loader.num_workers == 0:
+            read = _reader(self.dataset_names, config, self._tokenizer)
+            yield from (batch.pin_memory() if self._pin_memory else batch for batch in map(read, packs))
+        pool = self._pool = open_pool(
+            config,
+            lambda watch: _reader(self.dataset_names, config, self._tokenizer, watch),
+            lambda pack, number: (self.dataset_names[pack.items[number].source], pack.samples[number].raw.key),
+            self._pin_memory,
+            ROOM_BYTES,
+        )
+        room = slot_bytes(config.plan.max_tokens, config.plan.max_patches) + ROOM_BYTES - (1 << 20)
+        while self._pool is pool:
+            while pool.has_room:
+                pool.submit(_within(next(packs), room))
+            yield pool.next()
+
+    def _identity(self) -> dict[str, Any]:
+        facts = {}
+        for name, shards in self._shards.items():
+            names = "\n".join(os.path.basename(shard.partition("?")[0]) for shard in shards)
+            facts[name] = (len(shards), hashlib.blake2b(names.encode(), digest_size=8).hexdigest())
+        return identity_of(self._config, self._tokenizer, self._seed, self._cost, facts)
+
+
+class _Carried:
+    """The samples of one source that a pack brought along, as a source to read them from."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.samples: dict[tuple[int, int], CountedSample] = {}
+
+    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
+        """They are here."""
+
+    def key(self, shard: int, row: int) -> str:
+        return self.samples[shard, row].raw.key
+
+    def read(self, shard: int, row: int) -> tuple[Record, Callable[[str], bytes]]:
+        return self.samples[shard, row].read()
+
+    def close(self) -> None:
+        self.samples.clear()
+
+
+def _reader(
+    names: Sequence[str],
+    config: DataConfig,
+    tokenizer: TextTokenizer,
+    watch: Callable[[int], None] = lambda item: None,
+) -> Callable[[Any], PackedBatch]:
+    """What makes the batch of a streamed pack."""
+    sources = [_Carried(name) for name in names]
+    reader = PackReader(sources, config, tokenizer, watch)
+
+    def read(pack: StreamedPack) -> PackedBatch:
+        for number, source in enumerate(sources):
+            mine = [
+                (item, sample) for item, sample in zip(pack.items, pack.samples, strict=True) if item.source == number
+            ]
+            source.samples = {(item.shard, item.row): sample for item, sample in mine}
+        return reader[pack]
+
+    return read
+
+
+def _within(pack: StreamedPack, room: int) -> StreamedPack:
+    """The pack, without its largest samples where the stored bytes would not fit a worker's slot."""
+    samples, skipped = list(pack.samples), list(pack.skipped)
+    sizes = [sum(map(len, sample.raw.members.values())) for sample in samples]
+    while sum(sizes) > room:
+        largest = sizes.index(max(sizes))
+        message = f"{sizes[largest]} stored bytes; a streamed pack has room for {room}: store the media smaller"
+        skipped.append((largest, "too_many_bytes", message))
+        samples[largest] = replace(samples[largest], raw=replace(samples[largest].raw, members={}))
+        sizes[largest] = 0
+    return replace(pack, samples=tuple(samples), skipped=tuple(skipped))
