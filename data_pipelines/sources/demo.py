@@ -2,9 +2,10 @@
 
 In:   counts and a seed.
 Out:  a folder:
-        train/captions-00000.tar …   picture + caption (+ its word): the image-text and OCR pairs of stage 1
+        train/captions-00000.tar …   picture + caption (+ its word): the image-text pairs of stage 1
+        train/words-*.tar            picture with a word: the word; the OCR pairs of stage 1
         train/scenes-*.tar           picture + 2 to 6 turns: caption or grounded caption, referring, region, vqa, ocr
-        train/ocr-*.tar              picture with a word: the word (perhaps with its quad), caption, referring
+        train/ocr-*.tar              the same with a caption, a referring question and perhaps the word's quad
         train/compare-*.tar          two pictures that differ in one shape + three turns
         train/chat-*.tar             picture + a conversation; one in five without picture
         train/clips-*.tar            mp4 + direction or order questions and a description
@@ -40,7 +41,7 @@ RECORDS_PER_SHARD = 500
 TOKENIZER_RECORDS = 1_000  # of each training kind
 
 # Shares of the pictures, in records per picture; scenes take the rest. A record of "compare" holds two pictures.
-RECORDS_PER_PICTURE = {"captions": 0.25, "ocr": 0.2, "compare": 0.04, "chat": 0.07}
+RECORDS_PER_PICTURE = {"captions": 0.25, "words": 0.15, "ocr": 0.1, "compare": 0.04, "chat": 0.07}
 PICTURES_PER_RECORD = {"compare": 2}
 
 

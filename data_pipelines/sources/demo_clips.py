@@ -5,7 +5,7 @@ Out:  a `Clip` (what happens), its questions, and its bytes: yuv420p, 8 frames p
       84 to 112 pixels.
 Cost: about 5 ms a clip, one thread.
 
-Sampled at 2 frames per second a clip of 2 s gives 4 frames, 2 temporal steps. A moving shape crosses at least 40% of
+Sampled at 2 frames per second a clip of 2 s gives 4 frames, 2 temporal steps. A moving shape crosses nearly all of
 the picture. A second shape appears between 30% and 50% of the clip: not in its first half second, yet in two sampled
 frames at least.
 """
@@ -27,7 +27,7 @@ from data_pipelines.sources.demo_stencils import Stencils
 FRAMES_PER_SECOND = 8
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
-MIN_TRAVEL = 0.4  # of the picture's side
+MIN_TRAVEL = 0.85  # of the room that a moving shape has along its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def sample_clip(rng: Random, event: str) -> Clip:
         lane = rng.randint(low, high - side)
         moves = event == "move" and (number == 0 or rng.random() < 0.6)
         first = rng.randint(round(num_frames * 0.3), num_frames // 2) if event == "appear" and number else 0
-        begin, end = _sample_path(rng, side_by_side - side, side_by_side, moves)
+        begin, end = _sample_path(rng, side_by_side - side, moves)
         start, stop = ((begin, lane), (end, lane)) if horizontal else ((lane, begin), (lane, end))
         names_of_axis = ("left", "right") if horizontal else ("up", "down")
         direction = names_of_axis[end > begin] if moves else None
@@ -101,12 +101,12 @@ def sample_clip(rng: Random, event: str) -> Clip:
     return Clip(width, height, num_frames, sample_background(rng), tuple(actors), event)
 
 
-def _sample_path(rng: Random, room: int, length: int, moves: bool) -> tuple[int, int]:
-    """Begin and end, in pixels, along an axis with `room` for the corner: apart by at least MIN_TRAVEL of `length`."""
+def _sample_path(rng: Random, room: int, moves: bool) -> tuple[int, int]:
+    """Begin and end, in pixels, along an axis with `room` for the corner: apart by at least MIN_TRAVEL of it."""
     if not moves:
         place = rng.randint(0, room)
         return place, place
-    travel = rng.randint(min(room, round(length * MIN_TRAVEL)), room)
+    travel = rng.randint(round(room * MIN_TRAVEL), room)
     begin = rng.randint(0, room - travel)
     return (begin, begin + travel) if rng.random() < 0.5 else (begin + travel, begin)
 

@@ -86,12 +86,13 @@ def test_counts_are_kept(demo):
         for _, media, _ in records(demo.glob(f"train/{kind}-*.tar")):
             pictures[kind] += 1 if kind == "text" else len([name for name in media if not name.endswith("mp4")])
     assert pictures["text"] == 60
-    # 200 pictures: 50 captions, 40 ocr, 8 comparisons of two, 14 chats (some without picture), the rest scenes
-    assert (pictures["captions"], pictures["ocr"], pictures["compare"], pictures["scenes"]) == (50, 40, 16, 80)
+    # 200 pictures: 50 captions, 30 words, 20 ocr, 8 comparisons of two, 14 chats, the rest scenes
+    counts = tuple(pictures[kind] for kind in ("captions", "words", "ocr", "compare", "scenes"))
+    assert counts == (50, 30, 20, 16, 70)
     assert len(list(samples(demo / "train/chat-00000.tar"))) == 14
     assert len(list(samples(demo / "train/clips-00000.tar"))) == 12
     manifest = json.loads((demo / "manifest.json").read_text())
-    assert manifest["records"]["train/scenes"] == 80
+    assert manifest["records"]["train/scenes"] == 70
     assert manifest["records"]["heldout/ocr"] == 8
     assert sum(shard["records"] for shard in manifest["shards"]) == sum(manifest["records"].values())
 
@@ -129,7 +130,7 @@ def test_boxes_and_quads_lie_inside_their_picture(demo):
                 assert max(values[0::2]) <= facts.width
                 assert max(values[1::2]) <= facts.height
     assert seen[4] > 150
-    assert seen[8] > 20
+    assert seen[8] > 10
 
 
 def test_heldout_records_ask_one_question_of_their_task_and_share_no_medium_with_training(demo):
@@ -195,8 +196,8 @@ def test_scenes_keep_their_rules():
         assert len({shape.phrase for shape in scene.shapes}) == len(scene.shapes)
         if scene.word:
             assert scene.word.text in WORDS
-            # Capitals at least 20 pixels high: the left side of the quad.
-            assert np.hypot(*np.subtract(scene.word.quad[6:8], scene.word.quad[0:2])) >= 20
+            # Capitals at least 16 pixels high, where five letters meet a narrow picture: the left side of the quad.
+            assert np.hypot(*np.subtract(scene.word.quad[6:8], scene.word.quad[0:2])) >= 16
     assert min(counts[1], counts[2]) > 100 > counts[3] > 0
 
 
@@ -248,7 +249,7 @@ def test_clips_show_what_their_answers_say(seed):
         axis = 0 if actor.direction in ("left", "right") else 1
         assert np.sign(step[axis]) == DIRECTIONS[actor.direction][axis]
         # Sampled frames show 3/4 of the way at least: the last one is 4 frames before the end at worst.
-        assert abs(step[axis]) >= 0.7 * MIN_TRAVEL * (clip.width, clip.height)[axis]
+        assert abs(step[axis]) >= 0.7 * MIN_TRAVEL * ((clip.width, clip.height)[axis] - actor.side)
         assert abs(step[1 - axis]) <= 3
 
 
