@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.loader import new_planner
+from data_pipelines.loader import PackLoader, new_planner
 from data_pipelines.plan.balance import order_by_cost
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.report.collect import read_packs
@@ -163,16 +163,19 @@ def load_plan(planner: Planner, settings: DataRun, wanted: Wanted, path: Path) -
     """Begin at the plan's state in a checkpoint's `state.json`, if it lies before the packs asked for.
 
     Raises:
-        ValueError: no loader state in the file, another seed than the settings', or packs that were planned before it.
+        ValueError: no loader state in the file, one of other data, budgets or seed, or packs planned before it.
     """
     try:
         stored: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         state = _loader_state(stored)
-        plan, seed = state["plan"], state["identity"]["seed"]
+        plan = state["plan"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--state {path}: no loader state in it ({error}); name a checkpoint's state.json") from error
-    if seed != settings.seed:
-        raise ValueError(f"--state {path}: written with seed {seed}, the settings have {settings.seed}")
+    tokenizer = TextTokenizer(settings.tokenizer)
+    loader = PackLoader(
+        settings.data, tokenizer, settings.packs_per_step, 0, settings.world, settings.seed, cost=settings.cost
+    )
+    loader.load_state_dict(dict(state))  # refuses a state of other settings, naming them
     first = wanted.pack if wanted.step is None else (wanted.step - 1) * settings.packs_per_step
     if first is None or plan["number"] > first:
         raise ValueError(f"--state {path}: begins at pack {plan['number']}, after pack {first}; name an earlier one")

@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 
 from data_pipelines.cli import main
-from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
+from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.loader import PackLoader, new_planner, open_sources
 from data_pipelines.pack.read import PackReader
 from data_pipelines.plan.balance import PackCost
@@ -21,8 +22,7 @@ COST = PackCost(1.0, 0.01, 0.5, 0.001)
 def run_of(tiny, cost=None, world=2):
     sources = {name: SourceConfig((f"{tiny.folder}/{name}-*.tar",), 1.0) for name in ("pictures", "texts")}
     plan = PlanConfig(192, 768, pool_size=6, block_size=4)
-    data = DataConfig(sources, media=MediaConfig(max_pixels=28224), plan=plan)
-    data = DataConfig(data.sources, data.template, data.media, data.plan, tiny.config().loader)
+    data = DataConfig(sources, media=MediaConfig(max_pixels=28224), plan=plan, loader=LoaderConfig(num_workers=0))
     return DataRun(tiny.tokenizer.path, data, 5, 4, world, cost)
 
 
@@ -82,6 +82,9 @@ def test_a_checkpoints_state_saves_planning_and_changes_nothing(tiny, tmp_path):
     assert items == [pack.items for pack in find_packs(new_planner(run.data, sources, 5), run, Wanted(step=4))]
     with pytest.raises(ValueError, match="begins at pack 8, after pack 4"):
         load_plan(new_planner(run.data, sources, run.seed), run, Wanted(step=2), path)
+    other = replace(run, data=replace(run.data, template="chatml"))
+    with pytest.raises(ValueError, match="template: was plain, is chatml"):
+        load_plan(new_planner(run.data, sources, run.seed), other, Wanted(step=4), path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="no loader state"):
         load_plan(new_planner(run.data, sources, run.seed), run, Wanted(step=4), path)
