@@ -70,7 +70,7 @@ class ClipCache:
         data = self._files.read(name, 0, size + _CRC_BYTES)
         if data is None:
             return None
-        frames = np.frombuffer(bytearray(data[:size]), np.uint8)
+        frames = np.frombuffer(data, np.uint8, size).copy()  # torch wants memory that can be written to
         if zlib.crc32(frames) != int.from_bytes(data[size:], "little"):
             return None
         return frames.reshape(shape)
