@@ -1,4 +1,4 @@
-"""The demo data set: 20,000 pictures, clips, text and a tokenizer, made from a seed.
+"""The demo data set: 30,000 pictures, clips, text and a tokenizer, made from a seed.
 
 In:   counts and a seed.
 Out:  a folder:
@@ -13,7 +13,7 @@ Out:  a folder:
         heldout/TASK-00000.tar       one question a record, the last answer counts; `task` in the record is TASK
         tokenizer/                   a byte-level BPE trained on texts of all training kinds
         manifest.json                settings, records, shards; written last
-Cost: half a minute on two cores and 170 MB for the default counts.
+Cost: a minute on two cores and 250 MB for the default counts.
 
 A record is a pure function of (seed, split, kind, index) and a shard a fixed range of indices, so the bytes are the
 same whatever the number of processes. Train and held-out records come from different streams of the seed.
@@ -77,8 +77,8 @@ class Unit:
 def build_demo(
     out: Path,
     *,
-    num_pictures: int = 20_000,
-    num_clips: int = 4_000,
+    num_pictures: int = 30_000,
+    num_clips: int = 5_000,
     num_texts: int = 10_000,
     num_heldout: int = 200,
     vocab_size: int = 2048,
