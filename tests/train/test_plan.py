@@ -143,6 +143,13 @@ def test_published_sizes_need_no_shards_and_the_page_says_so():
     assert "The configured settings fit" in said
 
 
+def test_streamed_shards_have_no_plan_and_are_said_to():
+    run = load_config(
+        ["experiment=qwen2vl_7b", "data.root=/shards", "data.tokenizer=/start", "stages.vision.data.reader=webdataset"]
+    )[0]
+    assert "stage vision streams its shards" in forecast(run, find_hardware("H100", 8, "bf16"), 0.4).no_data
+
+
 def test_what_does_not_fit_is_refused_with_what_would(capsys):
     assert main(["plan", "experiment=qwen2vl_7b", "--gpus", "4", "--gpu", "card", "--gpu-memory", "48"]) == 1
     said = " ".join(capsys.readouterr().out.split())
