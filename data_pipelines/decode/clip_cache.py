@@ -71,7 +71,7 @@ class ClipCache:
         if data is None:
             return None
         frames = np.frombuffer(data, np.uint8, size).copy()  # torch wants memory that can be written to
-        if zlib.crc32(frames) != int.from_bytes(data[size:], "little"):
+        if zlib.crc32(frames.data) != int.from_bytes(data[size:], "little"):
             return None
         return frames.reshape(shape)
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_pipelines.decode.fields import shown
 from data_pipelines.decode.image import decode_image, image_orientation, probe_image
-from data_pipelines.decode.members import VIDEO_EXTENSIONS, extension
+from data_pipelines.decode.members import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, extension
 from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import MediaError
 from data_pipelines.samples import Media
@@ -30,7 +30,8 @@ MAX_SOURCE_PIXELS = 200_000_000
 JPEG_QUALITY = 95
 MAX_ASPECT_RATIO = 200  # beyond it, the model's resizing has no answer
 
-_IMAGE_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+# (offset, bytes, extension) of what begins a file, the first that fits; other containers of clips are stored as mp4.
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "jpg"),
     (0, b"\x89PNG\r\n\x1a\n", "png"),
     (0, b"GIF8", "gif"),
@@ -38,19 +39,12 @@ _IMAGE_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"BM", "bmp"),
     (0, b"II*\0", "tif"),
     (0, b"MM\0*", "tif"),
-)
-_VIDEO_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
-    (4, b"ftyp", "mp4"),
-    (4, b"moov", "mp4"),
-    (4, b"mdat", "mp4"),
     (0, b"\x1aE\xdf\xa3", "mkv"),
     (8, b"AVI ", "avi"),
     (0, b"DKIF", "ivf"),
-    (0, b"GIF8", "gif"),
-    (8, b"WEBP", "webp"),
     (0, b"FLV", "flv"),
     (0, b"\x00\x00\x01\xba", "mpg"),
-    (188, b"G", "ts"),
+    (0, b"G", "ts"),
 )
 
 
@@ -94,9 +88,9 @@ def open_media(source: MediaSource, key: str, clips: ClipDecoder, verify: bool =
     data = read_media(source, key)
     if source.kind == "video":
         clip = clips.probe(data, source.name, key)
-        return Picture(data, _video_extension(source.name, data, key), clip, 1, (clip.width, clip.height))
-    suffix = _by_signature(data, _IMAGE_SIGNATURES)
-    if suffix is None:
+        return Picture(data, _clip_extension(source.name, data), clip, 1, (clip.width, clip.height))
+    suffix = _by_signature(data)
+    if suffix not in IMAGE_EXTENSIONS:
         raise MediaError(key, "not_an_image", f"{shown(source.name)} begins {data[:16]!r}: no known picture format")
     media = probe_image(data, source.name, key)
     if media.width * media.height > MAX_SOURCE_PIXELS:
@@ -190,16 +184,13 @@ def read_media(source: MediaSource, key: str) -> bytes:
     return data
 
 
-def _by_signature(data: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str | None:
-    return next((name for start, magic, name in signatures if data[start : start + len(magic)] == magic), None)
+def _by_signature(data: bytes) -> str | None:
+    return next((name for start, magic, name in _SIGNATURES if data[start : start + len(magic)] == magic), None)
 
 
-def _video_extension(name: str, data: bytes, key: str) -> str:
-    """The member extension of a clip: its own where that is a clip's, else by content."""
-    suffix = _by_signature(data, _VIDEO_SIGNATURES)
-    if suffix is None:
-        raise MediaError(key, "not_a_video", f"{shown(name)} begins {data[:16]!r}: no known clip format")
-    return extension(name) if extension(name) in VIDEO_EXTENSIONS else suffix
+def _clip_extension(name: str, data: bytes) -> str:
+    """The member extension of a clip that was opened: its own where that is a clip's, else by content."""
+    return extension(name) if extension(name) in VIDEO_EXTENSIONS else _by_signature(data) or "mp4"
 
 
 def _turned(data: bytes, suffix: str, media: Media, orientation: int, key: str) -> Picture:

@@ -113,3 +113,17 @@ def test_content_decides_what_a_file_is(tmp_path, make_picture, load):
     imported = load(entries)
     assert set(imported.media) == {("a", "0.webp")}
     assert imported.reasons() == [("b", "not_an_image"), ("c", "empty_media")]
+
+
+def test_a_clip_without_a_clips_name_is_named_by_content(tmp_path, load):
+    from sources.conftest import clip_bytes
+
+    files = {"a": ("clip", "mp4"), "b": ("clip.jpg", "mp4"), "c": ("clip.MKV", "mkv"), "d": ("clip.wmv", "wmv")}
+    for name, _ in files.values():
+        (tmp_path / name).write_bytes(clip_bytes(width=64, height=48))
+    entries = [
+        Item(key, Annotations(captions=("x",)), (MediaSource(name, "video", tmp_path / name),))
+        for key, (name, _) in files.items()
+    ]
+    imported = load(entries)
+    assert set(imported.media) == {(key, f"0.{suffix}") for key, (_, suffix) in files.items()}
