@@ -121,19 +121,23 @@ class MediaPlan:
 
     @property
     def height(self) -> int:
+        """Pixels from top to bottom of one resized frame."""
         return self.grid_thw[1] * PATCH_SIZE
 
     @property
     def width(self) -> int:
+        """Pixels from left to right of one resized frame."""
         return self.grid_thw[2] * PATCH_SIZE
 
     @property
     def num_patches(self) -> int:
+        """ViT patches of all temporal steps."""
         t, h, w = self.grid_thw
         return t * h * w
 
     @property
     def num_tokens(self) -> int:
+        """LLM tokens: a quarter of the patches."""
         return self.num_patches // (MERGE_SIZE * MERGE_SIZE)
 
 
