@@ -2,7 +2,8 @@
 
 Enters: Hydra overrides as given to `train`, the stage, the step and rank (or a pack's number). Leaves: the page that
 `qwen2vl-data show` writes for a run's folder. It stands here because overrides are composed by this package alone; what
-rebuilds and shows the packs belongs to the data and knows nothing of training.
+rebuilds and shows the packs belongs to the data and knows nothing of training. Packs are dealt to ranks in plan order,
+as the trainer deals them; were it to pass the model's cost to the loader, `DataRun.cost` would have to hold it too.
 """
 
 from __future__ import annotations

@@ -143,4 +143,6 @@ def _problems_table(survey: Survey) -> Table:
         examples.setdefault((problem.dataset, problem.reason), f"{problem.key}: {problem.message}")
     for (dataset, reason), count in counts.most_common():
         table.add_row(escape(dataset), reason, f"{count:,}", escape(examples[dataset, reason]))
+    for reason, count in survey.unlisted.most_common():
+        table.add_row("", reason, f"{count:,}", "further ones, not listed one by one")
     return table

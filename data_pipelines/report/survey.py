@@ -6,6 +6,7 @@ fill is that of the packs it plans; nothing is decoded. Costs about 1 µs a samp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,11 +48,15 @@ class MediaSizes:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the indices say. `problems` are samples (or shards) a run would leave out or note, with their keys."""
+    """What the indices say. `problems` are samples (or shards) a run would leave out or note, with their keys.
+
+    `unlisted` counts those that an index of a very bad shard does not list one by one, by reason.
+    """
 
     groups: list[Group] = field(default_factory=list)
     media: dict[str, MediaSizes] = field(default_factory=dict)
     problems: list[LedgerEvent] = field(default_factory=list)
+    unlisted: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_samples(self) -> int:
@@ -66,7 +71,8 @@ class Survey:
     @property
     def left_out(self) -> int:
         """Samples that a run cannot use."""
-        return sum(problem.reason not in LOSSLESS for problem in self.problems)
+        listed = sum(problem.reason not in LOSSLESS for problem in self.problems)
+        return listed + sum(count for reason, count in self.unlisted.items() if reason not in LOSSLESS)
 
 
 def survey_sources(sources: Sequence[SourceIndex], config: DataConfig) -> Survey:
@@ -78,6 +84,7 @@ def survey_sources(sources: Sequence[SourceIndex], config: DataConfig) -> Survey
         for shard in range(source.num_shards):
             table = source.table(shard)
             survey.problems.extend(LedgerEvent(source.name, *problem, indexed=True) for problem in table.problems)
+            survey.unlisted.update(table.unlisted)
             rows = np.arange(table.index.num_samples)
             lengths, events = sample_lengths(source.name, table, rows, config.media, config.plan)
             survey.problems.extend(events)

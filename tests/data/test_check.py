@@ -238,3 +238,19 @@ def test_all_bad_items_end_as_the_manifest_expects(shared_data, tmp_path, kind):
             assert key in left_out, f"{name} passed; expected: {expectation}"
         elif key in left_out:
             assert any(word in expectation for word in MAY_BE_LEFT_OUT), (name, left_out[key], expectation)
+
+
+def test_json_lines_with_media_beside_them_are_checked_too(tmp_path):
+    (tmp_path / "good.png").write_bytes(picture())
+    (tmp_path / "cut.png").write_bytes(picture()[:200])
+    lines = [
+        {"image": "good.png", "caption": "a dog"},
+        {"image": "cut.png", "caption": "a dog"},
+        {"image": "missing.png", "caption": "a dog"},
+        {"text": "one small cat"},
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"text": \n')
+    heard, summary = run([path])
+    assert sorted(finding.reason for finding in heard.findings) == ["bad_json", "corrupt_image", "missing_media"]
+    assert summary.samples - summary.bad_samples == 2
