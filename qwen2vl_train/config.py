@@ -163,9 +163,10 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The model's shape (`config`) and how it runs: attention backend, activation checkpointing.
+    """The model's shape (`config`) and how it runs: attention backend, activation checkpointing, compilation.
 
-    `*_checkpointing` n recomputes every n-th block in the backward pass (0: none).
+    `*_checkpointing` n recomputes every n-th block in the backward pass (0: none). `compile` compiles what each ViT and
+    decoder block computes by torch.compile's backend of that name, for all lengths at once ("aot_eager": traced only).
     `config.text.vocab_size` 0 takes the tokenizer's size.
     """
 
@@ -173,6 +174,7 @@ class ModelSettings:
     attention: Literal["auto", "varlen", "reference"] = "auto"
     vision_checkpointing: int = 0
     text_checkpointing: int = 0
+    compile: Literal["none", "inductor", "aot_eager"] = "none"
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,11 @@ class RunConfig:
         unknown = [name for name in self.chain if name not in self.stages]
         if unknown or not self.chain:
             raise ValueError(f"chain={list(self.chain)}: choose from the configured stages {list(self.stages)}")
+        if self.model.compile != "none" and self.engine.sequence_parallel > 1:
+            raise ValueError(
+                f"model.compile={self.model.compile} with engine.sequence_parallel={self.engine.sequence_parallel}: "
+                "blocks whose rows travel between ranks are not compiled; set model.compile=none or sequence_parallel=1"
+            )
         if self.guard.spike_sigma and not self.checkpoint.every:
             raise ValueError(
                 f"guard.spike_sigma={self.guard.spike_sigma} goes back to a checkpoint, and checkpoint.every=0 writes "

@@ -197,7 +197,12 @@ class Trainer:
         freeze(model, self._stage.trainable)
         self._monitor.console.print(format_audit(audit(model, self._stage.trainable)), style="dim", highlight=False)
         groups = parameter_groups(model, self._stage.optim, self._model_config.vision.depth)
-        return Engine(model, groups, self._stage.optim, self._run.engine, self._world, self._accumulation)
+        engine = Engine(model, groups, self._stage.optim, self._run.engine, self._world, self._accumulation)
+        if settings.compile != "none":
+            model.compile_blocks(settings.compile)  # ZeRO-3 gathers around whole blocks: no hook lies inside
+            said = f"  blocks are compiled by {settings.compile} as the first packs come"
+            self._monitor.console.print(said, style="dim", highlight=False)
+        return engine
 
     def _resume(self, store: CheckpointStore, engine: Engine, loader: PackLoader) -> Progress:
         if self._resume_from == "none":

@@ -2,7 +2,7 @@
 
 Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the options, all optional:
     steps, packs, every, keep, keep_every, min_free_gb, resume, optimizer, zero_stage, precision, trainable, tied, clip
-    sequence_parallel
+    compile, sequence_parallel
     mix: true draws each pack's kinds at random       step_s: seconds that each step sleeps
     tokens: the stage's length in them, for steps     warmup_tokens, schedule
     bad_packs: {number: "loss" | "gradient" | "spike"}   guard, watchdog: fields of their configurations
@@ -160,7 +160,7 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
         seed=1,
         chain=("main",),
         stages={"main": stage},
-        model=ModelSettings(model_config(options.get("tied", True))),
+        model=ModelSettings(model_config(options.get("tied", True)), compile=options.get("compile", "none")),
         data=DataSettings("", ""),
         engine=engine,
         checkpoint=CheckpointConfig(
