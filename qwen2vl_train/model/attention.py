@@ -80,6 +80,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal
     """Softmax attention inside each segment; query [T, H, d], key and value [T, G, d] -> [T, H, d]."""
     if segments.sharing is None:
         return _attend_locally(query, key, value, segments, causal)
+    shared: Tensor = _attend_by_heads(query, key, value, segments, causal)
+    return shared
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # each pack's slices would be a graph of their own
+def _attend_by_heads(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
+    assert segments.sharing is not None
     query, key, value = segments.sharing.to_heads(query, key, value)
     return segments.sharing.to_tokens(_attend_locally(query, key, value, segments, causal))
 

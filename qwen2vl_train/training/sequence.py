@@ -88,7 +88,6 @@ class SequenceGroup:
         slices: list[PackSlice] = received[0]
         return [part.pin_memory() for part in slices] if self.pin_memory else slices
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # each pack's lengths would be a graph of their own
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Rows to and from the ranks of the group, see `model.sharing.Exchange`. Collective, its gradient too."""
         received: Tensor = _Exchange.apply(rows, list(send), list(receive), self.devices)  # type: ignore[no-untyped-call]
