@@ -65,7 +65,7 @@ def train(world: World, kind: str, ranks_of_a_pack: int, zero_stage: int, traina
     config = EngineConfig(
         zero_stage, "fp32", param_persistence_threshold=0, prefetch_bucket_size=100_000, reduce_bucket_size=100_000
     )
-    group = SequenceGroup.form(world, ranks_of_a_pack, CONFIG.text.num_attention_heads, timeout_s=60)
+    group = SequenceGroup.form(world, ranks_of_a_pack, CONFIG.text.num_attention_heads, timeout_s=300)
     with building(config, world):
         model = Qwen2VL(CONFIG, vision_checkpointing=2, text_checkpointing=2, exchange=group.exchange)
     initialise(model, seed=1, rank=world.rank)
@@ -90,7 +90,7 @@ def train(world: World, kind: str, ranks_of_a_pack: int, zero_stage: int, traina
 def main() -> None:
     out, kind, shares, zero_stages, trainables = sys.argv[1:]
     torch.set_num_threads(1)
-    world = start_world(60)
+    world = start_world(300)
     results = {
         (share, stage, trainable): train(world, kind, share, stage, trainable.split("+"))
         for share in map(int, shares.split(","))
