@@ -207,13 +207,15 @@ class CheckpointConfig:
     """A checkpoint every `every` steps and at a stage's end (0: only there).
 
     The last `keep` stay, and each whose step is a multiple of `keep_every` (0: none). One that would leave less than
-    `min_free_gb` GB of its disk free is left out with a warning.
+    `min_free_gb` GB of its disk free is left out with a warning. `asynchronous` goes on training while one is written,
+    from a copy in host memory.
     """
 
     every: int = 500
     keep: int = 2
     keep_every: int = 0
     min_free_gb: float = 1.0
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.every < 0 or self.keep_every < 0 or self.min_free_gb < 0:

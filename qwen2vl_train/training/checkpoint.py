@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or does not fit the run. The message says what to do."""
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint being written: where, what it will be called, its `state.json`, and this rank's part to come."""
+
+    aside: Path
+    final: Path
+    state: dict[str, Any]
+    written: Future[dict[str, tuple[int, int]]]
+
+
 class CheckpointStore:
     """The checkpoints of one stage in one folder."""
 
@@ -38,35 +50,74 @@ class CheckpointStore:
         self._config = config
         self._world = world
         self._warn = warn
+        self._pending: _Pending | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
 
-    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> Path | None:
+    def save(self, engine: Engine, step: int, state: dict[str, Any], wait: bool = True) -> Path | None:
         """Write a checkpoint after `step` updates; None where the disk has no room. Collective.
 
         `state` (JSON) must be the same on every rank. Afterwards the newest `keep` are there, and those to be kept for
         good; later steps than this one, of a run that was started anew from an earlier step, are gone.
+        With `wait` false and `checkpoint.asynchronous`, it is written while training goes on: see `poll`.
 
         Raises:
-            CheckpointError: this rank could not write its files; `latest` still names the checkpoint before.
+            CheckpointError: a rank could not write its files; `latest` still names the checkpoint before.
         """
+        self.finish()
         final = self._folder / f"step-{step:08d}"
         aside = self._folder / f".writing-{final.name}"
         lacking = self._world.from_main(lambda: self._prepare(aside, engine.checkpoint_bytes()))
         if lacking:
             self._warn(f"no checkpoint at step {step}: {lacking}")
             return None
-        try:
-            engine.save(aside)
-            self._world.barrier()  # every rank's shard is written
-            mine = self._summarise_mine(aside)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"rank {self._world.rank} could not write {aside}: {error}. The newest whole checkpoint is "
-                f"{self._newest()}; make room (or repair the disk) and start the same command again"
-            ) from error
-        manifest = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
         whole = {"step": step, "world": self._world.size, "engine": engine.signature, **state}
-        self._world.from_main(lambda: self._publish(aside, final, manifest, whole))
+        try:
+            if self._config.asynchronous and not wait:
+                writes = engine.snapshot(aside)
+                written = self._writer.submit(lambda: self._write_mine(aside, writes))
+            else:
+                engine.save(aside)
+                written = _finished(self._summarise_mine(aside))
+        except (OSError, RuntimeError) as error:  # the other ranks wait inside DeepSpeed: end them by ending
+            raise self._fault(aside, f"rank {self._world.rank}: {error}") from error
+        self._pending = _Pending(aside, final, whole, written)
+        if wait or not self._config.asynchronous:
+            self.finish()
         return final
+
+    def poll(self) -> None:
+        """Publish the checkpoint being written if every rank has written its part. Collective; call it now and then."""
+        if self._pending is not None and all(self._world.gather(self._pending.written.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint being written, if there is one, and publish it. Collective.
+
+        Raises:
+            CheckpointError: a rank could not write its files, on every rank alike.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        error = pending.written.exception()  # waits
+        mine = f"rank {self._world.rank}: {error}" if error else pending.written.result()
+        parts = self._world.gather(mine)
+        faults = [part for part in parts if isinstance(part, str)]
+        if faults:
+            raise self._fault(pending.aside, "; ".join(faults)) from error
+        manifest = {name: entry for part in parts for name, entry in part.items()}
+        self._world.from_main(lambda: self._publish(pending.aside, pending.final, manifest, pending.state))
+
+    def _write_mine(self, aside: Path, writes: Sequence[Callable[[], None]]) -> dict[str, tuple[int, int]]:
+        for write in writes:
+            write()
+        return self._summarise_mine(aside)
+
+    def _fault(self, aside: Path, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"could not write {aside}: {what}. The newest whole checkpoint is {self._newest()}; make room (or repair "
+            "the disk) and start the same command again"
+        )
 
     def _prepare(self, aside: Path, expected_bytes: int) -> str | None:
         """Make room aside; tells what is lacking, if anything."""
@@ -131,6 +182,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: the named checkpoint is not whole, or there are some and none is.
         """
+        self.finish()
         candidates = self._world.from_main(lambda: self._candidates(resume))
         if before is not None:
             candidates = [path for path in candidates if _step_of(path) < before]
@@ -194,6 +246,12 @@ class CheckpointStore:
         self._world.barrier()  # every rank has read it
         self._world.from_main(lambda: shutil.rmtree(converted))
         return state
+
+
+def _finished(part: dict[str, tuple[int, int]]) -> Future[dict[str, tuple[int, int]]]:
+    future: Future[dict[str, tuple[int, int]]] = Future()
+    future.set_result(part)
+    return future
 
 
 def fault_of(path: Path, rank: int = 0, world: int = 1) -> str | None:

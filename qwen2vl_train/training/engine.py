@@ -11,8 +11,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 import deepspeed  # noqa: E402  (its accelerator is chosen by the environment at import)
+from deepspeed.checkpoint.utils import clone_tensors_for_torch_save  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 
 
@@ -161,6 +163,27 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Every rank writes its shard of parameters and optimizer state under `folder`/engine. Collective."""
         self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def snapshot(self, folder: Path) -> list[Callable[[], None]]:
+        """What `save` would write, held in host memory: calls that write it, from any thread. Collective.
+
+        DeepSpeed's own writers that run aside (0.19.8) do not serve: the decoupled one sends the live state to another
+        process and waits for it before the next update, and, like the fast one, it needs libaio and a compiler;
+        DataStates is a package apart. So the state is copied here where DeepSpeed would write it.
+        """
+        writer = self._engine.checkpoint_engine
+        write = writer.save
+        held: list[Callable[[], None]] = []
+
+        def hold(state_dict: dict[str, Any], path: str) -> None:
+            held.append(partial(write, clone_tensors_for_torch_save(state_dict), path))
+
+        writer.save = hold
+        try:
+            self.save(folder)
+        finally:
+            writer.save = write
+        return held
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote at the same world size. Collective."""

@@ -139,9 +139,10 @@ class Trainer:
                 save = done or result.stop or (run.checkpoint.every and step % run.checkpoint.every == 0)
                 if save or progress.step % run.monitor.log_every == 0 or progress.step == 1:
                     journal.log(engine, progress)
+                    store.poll()
                 if save:
-                    watchdog.note(f"writing the checkpoint of step {progress.step}", limit_s=run.watchdog.save_s)
-                    path = store.save(engine, progress.step, self._state(progress, loader))
+                    watchdog.note(f"writing the checkpoint of step {step}", limit_s=run.watchdog.save_s)
+                    path = store.save(engine, step, self._state(progress, loader), wait=done or result.stop)
                     journal.window.reset()  # its time is not training time
                     if result.stop and not done:
                         raise Preempted(self._farewell(stop, progress.step, path))

@@ -91,6 +91,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_no_rank_loads_it(tmp_path):
     assert "not a finished checkpoint" in refused.stderr
 
 
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_one_written_while_training_goes_on_holds_the_step_it_was_asked_for(tmp_path, zero_stage):
+    """Its writer starts half a second late, in which two more updates are made: the weights resumed are not theirs."""
+    options = {"packs": 4, "every": 3, "keep": 9, "zero_stage": zero_stage}
+    whole = train(2, tmp_path / "whole", steps=7, **options)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    aside = train(2, tmp_path / "aside", steps=7, asynchronous=True, write_delay_s=0.5, **options)
+    assert aside.returncode == 0, aside.stderr[-3000:]
+    assert steps_kept(tmp_path / "aside") == [3, 6, 7]
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / "aside" / "main" / "checkpoints" / f"step-{step:08d}")
+    again = train(2, tmp_path / "aside", steps=7, **options)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "after step 3" in again.stdout
+    assert losses(tmp_path / "aside") == losses(tmp_path / "whole")
+    ours, theirs = torch.load(tmp_path / "aside" / "weights.pt"), torch.load(tmp_path / "whole" / "weights.pt")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_when_none_is_whole_the_stage_does_not_start_anew_by_itself(tmp_path):
+    assert train(1, tmp_path, steps=2, packs=2, every=1).returncode == 0
+    for manifest in (tmp_path / "main" / "checkpoints").glob("step-*/manifest.json"):
+        manifest.unlink()
+    refused = train(1, tmp_path, steps=3, packs=2)
+    assert refused.returncode != 0
+    assert f"none of the 2 checkpoint(s) in {tmp_path}/main/checkpoints is whole" in refused.stderr
+    assert "resume=none" in refused.stderr
+
+
 def test_the_last_k_and_every_nth_stay_and_a_new_start_leaves_nothing_of_the_old(tmp_path):
     assert train(1, tmp_path, steps=9, packs=2, every=1, keep=2, keep_every=4).returncode == 0
     assert steps_kept(tmp_path) == [4, 8, 9]
@@ -127,8 +156,9 @@ def run_with_kills(folder, pauses_s, **options):
             assert fault_of(latest.parent / latest.read_text()) is None
 
 
-def test_killed_ranks_lose_nothing_beyond_the_last_checkpoint(tmp_path):
-    options = {"steps": 12, "packs": 4, "every": 1, "keep": 2}
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "asynchronous"])
+def test_killed_ranks_lose_nothing_beyond_the_last_checkpoint(tmp_path, asynchronous):
+    options = {"steps": 12, "packs": 4, "every": 1, "keep": 2, "asynchronous": asynchronous}
     assert train(2, tmp_path / "whole", **options).returncode == 0
     run_with_kills(tmp_path / "killed", (0.3, 7.0), step_s=0.2, **options)
     last = train(2, tmp_path / "killed", **options)
@@ -149,10 +179,11 @@ def test_fifty_kills_at_random_moments(tmp_path):
     print(json.dumps({"kills": 50, "steps": 400}))
 
 
-def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, small_disk):
-    """A disk of 3 MB holds one checkpoint of 1.1 MB beside the one being written, not a second."""
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "asynchronous"])
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, small_disk, asynchronous):
+    """A disk of 3 MB holds two checkpoints of 1.1 MB; the look at its free space beforehand is made blind."""
     folder = small_disk / "run"
-    finished = train(2, folder, steps=9, packs=4, every=1, keep=9)
+    finished = train(2, folder, steps=9, packs=4, every=1, keep=9, asynchronous=asynchronous, takes_bytes=0)
     assert finished.returncode != 0
     assert "could not write" in finished.stderr
     latest = folder / "main" / "checkpoints" / "latest"

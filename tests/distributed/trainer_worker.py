@@ -2,7 +2,8 @@
 
 Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the options, all optional:
     steps, packs, every, keep, keep_every, min_free_gb, resume, optimizer, zero_stage, precision, trainable, tied, clip
-    compile, sequence_parallel
+    compile, asynchronous, sequence_parallel          write_delay_s: before a checkpoint's first file is written
+    takes_bytes: what the engine says that a checkpoint takes
     mix: true draws each pack's kinds at random       step_s: seconds that each step sleeps
     tokens: the stage's length in them, for steps     warmup_tokens, schedule
     bad_packs: {number: "loss" | "gradient" | "spike"}   guard, watchdog: fields of their configurations
@@ -43,6 +44,8 @@ from qwen2vl_train.config import (
 from qwen2vl_train.model.head import LossOutput
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.training import trainer as trainer_module
+from qwen2vl_train.training.checkpoint import CheckpointStore
+from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.failure import exit_after
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted
@@ -164,7 +167,11 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
         data=DataSettings("", ""),
         engine=engine,
         checkpoint=CheckpointConfig(
-            options.get("every", 0), options.get("keep", 2), options.get("keep_every", 0), options.get("min_free_gb", 0)
+            options.get("every", 0),
+            options.get("keep", 2),
+            options.get("keep_every", 0),
+            options.get("min_free_gb", 0),
+            options.get("asynchronous", False),
         ),
         monitor=MonitorConfig("disabled", log_every=1),
         evaluation=EvaluationConfig(),
@@ -183,6 +190,17 @@ def main() -> int:
     trainer_module.PackLoader = HandMadeLoader
     trainer_module.TextTokenizer = lambda path: None
     Qwen2VL.forward = faulty_forward(options, world, run.stages["main"].packs_per_step)
+
+    if "takes_bytes" in options:
+        Engine.checkpoint_bytes = lambda engine: options["takes_bytes"]
+    if "write_delay_s" in options:
+        plain = CheckpointStore._write_mine
+
+        def write_late(store, aside, writes):
+            time.sleep(options["write_delay_s"])
+            return plain(store, aside, writes)
+
+        CheckpointStore._write_mine = write_late
 
     def export(tensors, *arguments) -> None:
         weights = dict(tensors)
