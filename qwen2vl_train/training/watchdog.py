@@ -233,7 +233,7 @@ def describe_stall(beats: dict[int, Beat], silent: set[int], stall_s: float) -> 
         if rank not in beats:
             continue
         beat = beats[rank]
-        why = ": its process is stopped, gone, or holds the interpreter in C code" if rank in silent else ""
+        why = ": its process is stopped, gone, cut off, or holds the interpreter in C code" if rank in silent else ""
         lines.append(f"\nrank {rank} holds up the others{why}. It was at: {beat.activity}")
         lines.append(f"samples: {', '.join(beat.keys) or 'none noted'}")
         lines.append(f"Python stack (most recent call last):\n{beat.stack}" if beat.stack else "no stack was sent")

@@ -60,11 +60,11 @@ def metrics(folder: Path) -> dict[int, dict]:
     return {line["step"]: line for line in lines}
 
 
-def wait_for_step(folder: Path, step: int, timeout_s: float = 600) -> None:
-    """Return once `step` is logged."""
+def wait_for_step(folder: Path, step: int, timeout_s: float = 600, log: Path | None = None) -> None:
+    """Return once `step` is logged; `log` (the folder's) is shown if it never is."""
     deadline = time.monotonic() + timeout_s
     while max(metrics_so_far(folder), default=0) < step:
-        assert time.monotonic() < deadline, f"step {step} not reached; log: {(folder / 'log').read_text()[-2000:]}"
+        assert time.monotonic() < deadline, f"step {step} not reached: {(log or folder / 'log').read_text()[-2000:]}"
         time.sleep(0.05)
 
 
