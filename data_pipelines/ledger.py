@@ -34,8 +34,8 @@ class Ledger:
             for event in pack.events:
                 self.counts[event.dataset, event.reason] += event.num_samples
                 fields = {"dataset": event.dataset, "key": event.key, "reason": event.reason, "message": event.message}
-                fields |= {"samples": event.num_samples} if event.num_samples != 1 else {}
-                lines.append(json.dumps({"pack": pack.number, **fields}) + "\n")
+                several = {"samples": event.num_samples} if event.num_samples != 1 else {}
+                lines.append(json.dumps({"pack": pack.number, **fields, **several}) + "\n")
         if lines and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
