@@ -16,6 +16,7 @@ def losses(folder):
     return [(step, line["loss"]) for step, line in sorted(metrics(folder).items())]
 
 
+@pytest.mark.slow
 def test_a_spike_costs_the_steps_since_the_checkpoint_and_is_never_seen_again(tmp_path):
     """Pack 21 of 4 per step makes step 6 a spike: back to step 4, on with the packs of what would have been step 7.
 
@@ -49,6 +50,7 @@ def test_past_the_limit_the_run_ends_with_the_samples_named(tmp_path):
     assert [(line["step"], line["returned_to"]) for line in lines] == [(6, 4), (5, 4)]
 
 
+@pytest.mark.slow
 def test_a_stage_of_so_many_tokens_ends_there_and_resumes_on_the_same_rates(tmp_path):
     options = {"packs": 4, "mix": True, "tokens": 1200, "schedule": "linear", "warmup_tokens": 400, "every": 1}
     whole = train(2, tmp_path / "whole", **options)
