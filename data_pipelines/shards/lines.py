@@ -23,9 +23,11 @@ MAX_LINE_BYTES = 64 << 20
 
 
 def scan_lines(file: ShardFile) -> TarScan:
-    """The samples of `file`. A line over 64 MiB, or a failing disk, is a problem of the scan, never an exception."""
+    """The samples of `file`. No line, one over 64 MiB, a failing disk: problems of the scan, never an exception."""
     stem = os.path.basename(file_of(file.name)).rpartition(".")[0]
     scan = TarScan([], [])
+    if file.size == 0:
+        scan.problems.append(ShardError(file.name, "no_record", "the file is empty"))
     try:
         for number, (offset, size, crc, blank) in enumerate(_lines(file)):
             key = f"{stem}/{number:06d}"
