@@ -95,13 +95,14 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out: JSON-able, the same on every rank. Collective."""
-        ranks = self._gather((self._done, self._packed))
+        ranks = self._gather((self._done, self._packed, self._steps))
         sources = {
-            name: base.plus([done.get(name, {}) for done, _ in ranks], len(self._shards[name])).to_json()
+            name: base.plus([done.get(name, {}) for done, _, _ in ranks], len(self._shards[name])).to_json()
             for name, base in self._base.items()
         }
-        packs = self._packs + self._steps * self._packs_per_step
-        tokens = self._tokens + sum(packed for _, packed in ranks)
+        # Ranks that share the packs of another one read none themselves.
+        packs = self._packs + max(steps for _, _, steps in ranks) * self._packs_per_step
+        tokens = self._tokens + sum(packed for _, packed, _ in ranks)
         stream = {"packs": packs, "tokens": tokens, "sources": sources}
         return {"version": STATE_VERSION, "identity": self._identity(), "stream": stream}
 

@@ -53,7 +53,7 @@ class RawSample:
 class TarWalk:
     """Follows a tar's headers as its bytes come by; `problem` is what ends it early, lesser ones go to `problems`.
 
-    `name` is the shard's, `member` that of the member under way.
+    `name` is the shard's, `member` that of the member under way; `members` counts those that belong to samples.
     """
 
     def __init__(self, name: str, problems: list[ShardError]) -> None:
@@ -61,7 +61,7 @@ class TarWalk:
         self.name, self._problems = name, problems
         self._at = self._skip = 0  # where the walk stands; bytes of data and padding still to pass
         self._padding = 0
-        self.member = ""
+        self.member, self.members = "", 0
         self._block = bytearray()
         self._extended: tuple[Header, bytearray] | None = None
         self._overrides: dict[str, str] = {}
@@ -119,7 +119,8 @@ class TarWalk:
                 self._extended = (header, bytearray())
             else:
                 header = self._overridden(header)
-                key_and_suffix(header, self.name, self._problems)  # tells of links and unsafe names
+                named = key_and_suffix(header, self.name, self._problems)  # tells of links and unsafe names
+                self.members += named is not None
             self.member = header.name
             if header.size > MAX_MEMBER_BYTES:
                 message = f"member {header.name!r} claims {header.size} bytes, limit {MAX_MEMBER_BYTES}"
@@ -174,11 +175,12 @@ def stream_samples(path: str, remote: RemoteConfig, problems: list[ShardError]) 
                     yield held
                 held = sample
             stream.drain()
+            stream.check_complete()
             if stream.silent_fault and held is not None:
                 # Behind it may lie more of the last sample: it is whole if it looks like the ones before it.
                 whole = tuple(held.members) in usual
-    except ShardError as error:
-        walk.problem = walk.problem or error
+    except (ShardError, OSError, EOFError, zlib.error) as error:
+        walk.problem = walk.problem or _as_problem(error, name)
     if held is not None and whole:
         used += 1
         yield held
@@ -209,7 +211,7 @@ def _once(
             yield member
             continue
         path = member["fname"].removeprefix("./")
-        named = None if path.startswith("/") or ".." in path.split("/") else split_name(path)
+        named = _named(path)
         if named is None:
             continue
         if named[0] != key:
@@ -225,12 +227,29 @@ def _once(
         yield {**member, "fname": path}
 
 
+def _named(path: str) -> tuple[str, str] | None:
+    """(key, suffix) of a member of a sample; None for others, and for names that point outside."""
+    return None if path.startswith("/") or ".." in path.split("/") else split_name(path)
+
+
+def _as_problem(error: Exception, shard: str) -> ShardError:
+    if isinstance(error, ShardError):
+        return error
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+        return ShardError(shard, "cut_shard", f"its gzip data is damaged ({what})")
+    if isinstance(error, tarfile.TarError):
+        return ShardError(shard, "bad_header", f"the tar reader gave up ({what})")
+    return ShardError(shard, "read_failed", what)
+
+
 class _Checked:
     """A readable stream whose bytes pass through a `TarWalk`; it ends where the walk finds a fault."""
 
     def __init__(self, source: BinaryIO, walk: TarWalk) -> None:
         self._source, self._walk = source, walk
-        self._raised = False
+        self._raised = self._at_end = False
+        self._given = 0
 
     @property
     def silent_fault(self) -> bool:
@@ -243,22 +262,30 @@ class _Checked:
             return b""
         data = self._source.read(size)
         if not data:
+            self._at_end = True
             self._walk.finish()
         return data[: self._walk.feed(data)]
 
     def until_fault(self, files: Iterable[dict[str, Any]], unusable: set[str]) -> Iterator[dict[str, Any]]:
         """The reader's members; what it raises ends them, and makes the sample of the member under way unusable."""
         try:
-            yield from files
+            for member in files:
+                self._given += bool(member) and _named(member["fname"].removeprefix("./")) is not None
+                yield member
         except (ShardError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
             self._raised = True
-            if isinstance(error, tarfile.TarError):
-                self._walk.finish()
-            told = error if isinstance(error, ShardError) else None
-            told = told or ShardError(self._walk.name, "read_failed", f"{type(error).__name__}: {error}")
-            self._walk.problem = self._walk.problem or told
+            # At the end of the bytes the walk has said what is missing, if anything is.
+            if not (self._at_end and isinstance(error, tarfile.TarError)):
+                self._walk.problem = self._walk.problem or _as_problem(error, self._walk.name)
             cut = split_name(self._walk.member)
             unusable.update(cut[:1] if cut is not None else ())
+
+    def check_complete(self) -> None:
+        """Whether the reader gave every member that passed; it ends silently at headers that it does not like."""
+        walk = self._walk
+        if walk.problem is None and self._given != walk.members:
+            message = f"the tar reader gave {self._given} of {walk.members} members"
+            walk.problem = ShardError(walk.name, "bad_header", message)
 
     def drain(self) -> None:
         """Follow what the tar reader left: the end marker's zeros, or more than that."""

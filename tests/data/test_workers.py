@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_pipelines.pack.collate import collate
-from data_pipelines.pack.workers import WorkerPool, slot_bytes
+from data_pipelines.pack.workers import WorkerPool, packs_ahead, slot_bytes
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack
 from data_pipelines.samples import Encoded, LedgerEvent
@@ -178,3 +178,77 @@ def test_memory_stays_flat_over_many_packs(make_pool):
             pool.submit(pack(number))
         pool.next()
     assert resident() - before < 4 << 20
+
+
+def test_slots_stay_within_their_bytes():
+    # 2 workers x 2 packs of 100 MiB in 300 MiB: 3 packs; a pack over the bound is still made, alone
+    assert packs_ahead(2, 2, 300, 100 << 20) == 3
+    assert packs_ahead(2, 2, 4096, 100 << 20) == 4
+    assert packs_ahead(16, 2, 50, 100 << 20) == 1
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 5])
+def test_no_more_packs_are_under_way_than_there_are_slots(make_pool, ahead):
+    pool = WorkerPool(lambda watch: Reader(watch, {}), lambda pack, place: ("d", "k"), 2, ahead, slot_bytes(64, 16), 30)
+    submitted = 0
+    while pool.has_room:
+        pool.submit(pack(submitted))
+        submitted += 1
+    assert submitted == ahead
+    for number in range(12):
+        assert pool.next().number == number
+        pool.submit(pack(number + ahead))
+    pool.close()
+
+
+def shared_bytes():
+    """Bytes of anonymous shared memory mapped by this process."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/dev/zero (deleted)" in line:
+            start, end = (int(place, 16) for place in line.split()[0].split("-"))
+            total += end - start
+    return total
+
+
+def test_closing_gives_back_the_shared_memory(make_pool):
+    before = shared_bytes()
+    pool = make_pool({}, workers=2)
+    run(pool, 6)
+    assert shared_bytes() - before >= 4 * slot_bytes(64, 16)
+    pool.close()
+    assert shared_bytes() - before < slot_bytes(64, 16)
+
+
+def test_replaced_workers_leave_no_memory_and_no_descriptors(make_pool, tmp_path):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    deaths = {(number, 1): once(tmp_path / f"dead{number}", kill_self) for number in range(1, 8)}
+    pool = make_pool(deaths, workers=1, prefetch=1)
+    pool.submit(pack(0))
+    pool.next()
+    open_files, shared = descriptors(), shared_bytes()
+    replaced = []
+    for number in range(1, 10):
+        pool.submit(pack(number))
+        replaced += [event.reason for event in pool.next().events]
+    assert replaced == ["worker_replaced"] * 7
+    assert (descriptors(), shared_bytes()) == (open_files, shared)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_stays_flat_over_twenty_thousand_packs(make_pool):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pool = make_pool({}, workers=2)
+    run(pool, 500)
+    before, number = resident(), 500
+    for _ in range(20_000):
+        while pool.has_room:
+            number += 1
+            pool.submit(pack(number))
+        pool.next()
+    assert resident() - before < 8 << 20
