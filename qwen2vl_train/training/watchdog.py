@@ -22,12 +22,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypeVar
 
 from torch._C._distributed_c10d import Store
 
@@ -45,6 +46,9 @@ from qwen2vl_train.training.world import World, connect_store
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/")
 _PATIENCE_TICKS = 3
 _FAILURE_GRACE_S = 5.0
+_ANSWER_S = 20.0  # the store's own limit for connecting and waiting
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
+        self._talker = ThreadPoolExecutor(1, "watchdog-store")
         self._ticks = 0  # counted by the thread; `_beat` is written by the main thread alone
         self._notes: Store | None = None  # a connection that the thread's waiting for answers never blocks
 
@@ -98,6 +103,7 @@ class Watchdog:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+            self._talker.shutdown(wait=False)
             faulthandler.cancel_dump_traceback_later()
 
     def note(self, activity: str, keys: Sequence[str] = (), limit_s: float | None = None) -> None:
@@ -124,20 +130,28 @@ class Watchdog:
         try:
             store, failures = connect_store("watchdog"), connect_store(FAILURE_PREFIX)
             while not self._ended.wait(self._tick_s):
-                first = read_first_cause(failures)
+                first = self._ask(lambda: read_first_cause(failures))
                 if first is not None and not self._ended.wait(_FAILURE_GRACE_S):
                     print(f"\n{name_first_cause(first, self._world.rank)}", file=sys.stderr, flush=True)
                     os._exit(1)  # NCCL would leave this rank waiting for the one that failed
                 # Fires from C if this thread cannot run for so long because other code holds the interpreter.
                 faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=stacks)
-                if self._tick(store).still_s > self._limit_s:
+                if self._ask(lambda: self._tick(store)).still_s > self._limit_s:
                     self._end_run(store)
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             self._watch_alone(error)
 
-    def _watch_alone(self, error: RuntimeError) -> None:
+    def _ask(self, talk: Callable[[], T]) -> T:
+        """What `talk`, which asks the store, answers; from yet another thread, since only connecting has a time limit.
+
+        Cut off from the store's host, its client would wait for an answer until TCP gives up, a quarter of an hour.
+        """
+        return self._talker.submit(talk).result(_ANSWER_S)
+
+    def _watch_alone(self, error: RuntimeError | TimeoutError) -> None:
         """The store went with its host, or that is what is stuck: the others cannot be asked any more."""
-        print(f"rank {self._world.rank}: the rendezvous store does not answer ({error})", file=sys.stderr, flush=True)
+        why = str(error) or f"nothing within {_ANSWER_S:.0f} s"
+        print(f"rank {self._world.rank}: the rendezvous store does not answer ({why})", file=sys.stderr, flush=True)
         while not self._ended.wait(self._tick_s):
             if time.monotonic() - self._since > self._limit_s:
                 beat = replace(self._beat, still_s=time.monotonic() - self._since, stack=self._stack())
@@ -164,22 +178,22 @@ class Watchdog:
 
     def _end_run(self, store: Store) -> None:
         """Give the others time to send their stacks, judge, report once, end this process."""
-        before = self._read(store)
+        before = self._ask(lambda: self._read(store))
         notes = self._beat.notes
         for _ in range(_PATIENCE_TICKS):
             if self._ended.wait(self._tick_s) or self._beat.notes != notes:
                 return  # it moved after all
-            self._tick(store)
-        beats = self._read(store)
+            self._ask(lambda: self._tick(store))
+        beats = self._ask(lambda: self._read(store))
         silent = {rank for rank, beat in beats.items() if beat.tick == before.get(rank, beat).tick and rank in before}
         silent |= set(range(self._world.size)) - set(beats)
         speaker = min((rank for rank in beats if rank not in silent), default=self._world.rank)
         if speaker == self._world.rank:
             text = describe_stall(beats, silent, self._config.stall_s)
             (self._folder / "stall.txt").write_text(text)
-            store.set("reported", text)
+            self._ask(lambda: store.set("reported", text))
         else:
-            text = store.get("reported").decode()  # waits for it
+            text = self._ask(lambda: store.get("reported").decode())  # waits for it
         for rank in silent & set(beats):
             _kill_if_here(beats[rank])
         self._end_process(text, say=speaker == self._world.rank)

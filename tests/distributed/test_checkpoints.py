@@ -185,7 +185,8 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, small
     folder = small_disk / "run"
     finished = train(2, folder, steps=9, packs=4, every=1, keep=9, asynchronous=asynchronous, takes_bytes=0)
     assert finished.returncode != 0
-    assert "could not write" in finished.stderr
+    # written aside, the first to find no room may also be the line of figures that is logged meanwhile
+    assert "could not write" in finished.stderr or (asynchronous and "No space left on device" in finished.stderr)
     latest = folder / "main" / "checkpoints" / "latest"
     newest = latest.parent / latest.read_text()
     assert fault_of(newest) is None
