@@ -17,6 +17,7 @@ import torch
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.samples import PackedBatch
+from data_pipelines.streaming import StreamLoader
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig, StageConfig
 from qwen2vl_train.export import export_model
@@ -39,6 +40,8 @@ from qwen2vl_train.training.stopping import Preempted, StopRequest
 from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
+
+Loader = PackLoader | StreamLoader
 
 
 class Trainer:
@@ -84,10 +87,7 @@ class Trainer:
         """
         run = self._run
         engine = self._build_engine()
-        loader = PackLoader(
-            self._stage.data, self._tokenizer, self._stage.packs_per_step, self._sequence.data_rank,
-            self._sequence.data_size, run.seed, pin_memory=self._sequence.pin_memory,
-        )  # fmt: skip
+        loader = self._open_loader()
         store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._monitor.warn)
         progress = self._resume(store, engine, loader)
         try:
@@ -102,7 +102,7 @@ class Trainer:
         engine.close()
         return progress
 
-    def _train(self, engine: Engine, loader: PackLoader, store: CheckpointStore, progress: Progress) -> Progress:
+    def _train(self, engine: Engine, loader: Loader, store: CheckpointStore, progress: Progress) -> Progress:
         """The loop: fetch, step, count, log, save."""
         stage, run, world = self._stage, self._run, self._world
         journal = Journal(
@@ -176,7 +176,17 @@ class Trainer:
         )
         return returned
 
-    def _state(self, progress: Progress, loader: PackLoader) -> dict[str, Any]:
+    def _open_loader(self) -> Loader:
+        """This rank's packs."""
+        options = (
+            self._stage.data, self._tokenizer, self._stage.packs_per_step, self._sequence.data_rank,
+            self._sequence.data_size, self._run.seed, self._sequence.pin_memory,
+        )  # fmt: skip
+        if self._stage.data.reader == "webdataset":
+            return StreamLoader(*options, gather=self._world.gather)  # ranks tell which shards are done
+        return PackLoader(*options)
+
+    def _state(self, progress: Progress, loader: Loader) -> dict[str, Any]:
         return {"stage": self._name, "progress": asdict(progress), "loader": loader.state_dict()}
 
     def _farewell(self, stop: StopRequest, step: int, path: Path | None) -> str:
@@ -205,7 +215,7 @@ class Trainer:
             self._monitor.console.print(said, style="dim", highlight=False)
         return engine
 
-    def _resume(self, store: CheckpointStore, engine: Engine, loader: PackLoader) -> Progress:
+    def _resume(self, store: CheckpointStore, engine: Engine, loader: Loader) -> Progress:
         if self._resume_from == "none":
             store.discard()
         path = None if self._resume_from == "none" else store.find(self._resume_from)
