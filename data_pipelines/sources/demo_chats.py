@@ -40,6 +40,7 @@ FACTS = (
 
 
 def chat(question: str, answer: str) -> Turn:
+    """A turn of plain words."""
     return Turn("chat", (text(question),), (text(answer),))
 
 
@@ -63,10 +64,12 @@ def fact_chat(rng: Random) -> list[Turn]:
 
 
 def say_caption(scene: Scene) -> Turn:
+    """The caption as a whole sentence."""
     return chat("What do you see?", f"I see {join_phrases([shape.phrase for shape in scene.shapes])}.")
 
 
 def say_color(shape: Shape) -> Turn:
+    """The colour of the only shape of its kind."""
     return chat(f"Tell me the color of the {shape.kind}.", f"The {shape.kind} is {shape.color}.")
 
 

@@ -45,6 +45,7 @@ class Actor:
 
     @property
     def phrase(self) -> str:
+        """Colour and kind, as every answer names it."""
         return f"{self.color} {self.kind}"
 
     def corner(self, frame: int, num_frames: int) -> tuple[int, int]:
@@ -67,6 +68,7 @@ class Clip:
 
     @property
     def duration_s(self) -> float:
+        """Length in seconds."""
         return self.num_frames / FRAMES_PER_SECOND
 
 
@@ -112,6 +114,7 @@ def _sample_path(rng: Random, room: int, moves: bool) -> tuple[int, int]:
 
 
 def ask_direction(actor: Actor) -> Turn:
+    """Left, right, up or down, of an actor that moves."""
     assert actor.direction is not None
     question = f"Which direction does the {actor.phrase} move?"
     return Turn("video_direction", (text(question),), (text(actor.direction),))

@@ -60,6 +60,7 @@ def ask_difference(pair: Pair) -> Turn:
 
 
 def ask_same(pair: Pair) -> Turn:
+    """Yes or no: are the shapes of both pictures the same?"""
     answer = "yes" if pair.before is None else "no"
     return Turn("compare", (text("Do the two images show the same shapes?"),), (text(answer),))
 
@@ -74,6 +75,7 @@ def ask_which(rng: Random, pair: Pair) -> Turn:
 
 
 def ask_one_caption(pair: Pair, position: int) -> Turn:
+    """The caption of picture 0 or 1 of the pair."""
     answer = join_phrases([shape.phrase for shape in pair.scenes[position].shapes])
     return Turn("compare", (text(f"Describe the {ORDINALS[position]} image."),), (text(answer),))
 

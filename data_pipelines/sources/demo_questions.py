@@ -36,6 +36,7 @@ class Turn:
 
 
 def text(words: str) -> Part:
+    """A text part."""
     return {"type": "text", "text": words}
 
 
@@ -71,6 +72,7 @@ def join_phrases(phrases: Sequence[str]) -> str:
 
 
 def ask_caption(rng: Random, scene: Scene) -> Turn:
+    """The shapes from left to right."""
     answer = join_phrases([shape.phrase for shape in scene.shapes])
     return Turn("caption", (text(rng.choice(CAPTION_PROMPTS)),), (text(answer),))
 
@@ -118,6 +120,7 @@ def ask_vqa(rng: Random, scene: Scene) -> Turn:
 
 
 def vqa(question: str, answer: str) -> Turn:
+    """A question with a short answer."""
     return Turn("vqa", (text(question),), (text(answer),))
 
 

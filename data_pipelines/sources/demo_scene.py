@@ -59,10 +59,12 @@ class Shape:
 
     @property
     def phrase(self) -> str:
+        """Colour and kind, as every answer names it."""
         return f"{self.color} {self.kind}"
 
     @property
     def center(self) -> tuple[float, float]:
+        """(x, y) of the box's middle, pixels."""
         x1, y1, x2, y2 = self.box
         return (x1 + x2) / 2, (y1 + y2) / 2
 
