@@ -237,6 +237,7 @@ def _number(data: bytes) -> int:
 
 
 def decimal(text: str, shard: str, offset: int) -> int:
+    """The size that a pax header before `offset` bytes states; a ShardError where it is no number."""
     if not text.isdigit():
         raise ShardError(shard, "bad_header", f"pax header before {offset} has size {text!r}")
     return int(text)

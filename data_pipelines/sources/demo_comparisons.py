@@ -60,7 +60,7 @@ def ask_difference(pair: Pair) -> Turn:
 
 
 def ask_same(pair: Pair) -> Turn:
-    """Yes or no: are the shapes of both pictures the same?"""
+    """Whether the shapes of both pictures are the same, as yes or no."""
     answer = "yes" if pair.before is None else "no"
     return Turn("compare", (text("Do the two images show the same shapes?"),), (text(answer),))
 
