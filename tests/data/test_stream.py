@@ -352,7 +352,7 @@ def test_a_stream_from_urls_is_the_one_from_the_disk(tiny, tmp_path, monkeypatch
     local = config(tiny)
     expected = batches(StreamLoader(local, tiny.tokenizer, PACKS, 0, 1, seed=0), 4)
     with serve(tiny.folder) as (address, faults):
-        remote = RemoteConfig(str(tmp_path / "cache"), cache_mb=2, block_kb=4, backoff_s=0.01)
+        remote = RemoteConfig(str(tmp_path / "cache"), cache_mb=2, block_kb=4, backoff_s=0.01, timeout_s=10.0)
         made = replace(config(tiny, address, workers=1), remote=remote)
         for fault in ({}, {"cut": 2, "busy": 2}, {"ranges": False, "cut": 1}, {"ranges": False, "tell_size": False}):
             faults.__dict__.update(ranges=True, tell_size=True)
