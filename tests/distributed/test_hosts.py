@@ -42,8 +42,10 @@ def test_a_host_that_is_cut_off_and_started_again_costs_the_steps_since_the_last
         hosts["b"].cut_off()
         wait_for("rank 1 (host-b", folder / "log-a")
         assert "rank 1 holds up the others" in (folder / "log-a").read_text()
-        assert launchers["b"].wait(300) != 0  # it lost the rendezvous
+        wait_for("does not answer: look there first", folder / "log-b")
         assert launchers["a"].poll() is None
+        launchers["b"].kill()  # as a scheduler would: torchrun itself waits for the rendezvous until TCP gives up
+        launchers["b"].wait()
         hosts["b"].bring_back()
         launchers["b"] = hosts["b"].start_training(folder, 3, **options)
         assert [launchers[letter].wait(300) for letter in "ab"] == [0, 0]
