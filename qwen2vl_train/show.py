@@ -2,8 +2,7 @@
 
 Enters: Hydra overrides as given to `train`, the stage, the step and rank (or a pack's number). Leaves: the page that
 `qwen2vl-data show` writes for a run's folder. It stands here because overrides are composed by this package alone; what
-rebuilds and shows the packs belongs to the data and knows nothing of training. Packs are dealt to ranks in plan order,
-as the trainer deals them; were it to pass the model's cost to the loader, `DataRun.cost` would have to hold it too.
+rebuilds and shows the packs belongs to the data and knows nothing of training.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 from data_pipelines.report.data_run import DataRun
 from data_pipelines.report.show import add_show_options, show
 from qwen2vl_train.config import ConfigError, RunConfig, load_config
+from qwen2vl_train.training.balancing import pack_cost
 
 
 def add_arguments(commands: Any) -> None:
@@ -54,6 +54,7 @@ def data_run(run: RunConfig, stage: str | None, world: int) -> DataRun:
         raise ConfigError(f"--world {world} is not a multiple of engine.sequence_parallel={shared}")
     chosen = run.stages[name]
     try:
-        return DataRun(run.data.tokenizer, chosen.data, run.seed, chosen.packs_per_step, world // shared)
+        cost = pack_cost(run.model.config, chosen.trainable)
+        return DataRun(run.data.tokenizer, chosen.data, run.seed, chosen.packs_per_step, world // shared, cost)
     except ValueError as error:
         raise ConfigError(f"stages.{name}: {error}") from error

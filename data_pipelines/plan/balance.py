@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 from data_pipelines.plan.packer import ARRIVAL, ORDER_BITS, Item
 
+COST_NAME = "pack_cost.json"  # in a stage's folder: the cost that its packs are dealt by
+
 
 class Costed(Protocol):
     """Anything with items: a pack."""

@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
-from data_pipelines.plan.balance import PackCost
+from data_pipelines.plan.balance import COST_NAME, PackCost
 from data_pipelines.shards.names import file_of
 from data_pipelines.shards.storage import expand_shards
 
@@ -160,14 +161,16 @@ def _of_stage(settings: Mapping[str, Any], stage: str | None, path: Path) -> dic
     stages = settings["stages"]
     if stage is None and len(stages) == 1:
         stage = next(iter(stages))
-    if stage not in stages:
+    if stage is None or stage not in stages:
         raise ValueError(f"{path} holds the stages {', '.join(stages)}: say which with --stage, not {stage!r}")
-    chosen = {
+    chosen: dict[str, Any] = {
         "tokenizer": settings["data"]["tokenizer"],
         "data": stages[stage]["data"],
         "seed": settings["seed"],
         "packs_per_step": stages[stage]["packs_per_step"],
     }
+    with suppress(OSError):  # a stage that has not begun has no cost yet, and no packs to show
+        chosen["cost"] = json.loads((path.parent / stage / COST_NAME).read_text(encoding="utf-8"))
     try:
         environment = json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))
         shared = int(settings.get("engine", {}).get("sequence_parallel", 1))  # ranks that hold one pack together

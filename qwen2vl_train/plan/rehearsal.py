@@ -8,7 +8,7 @@ microseconds per sample; of each source up to 64 records are read, to learn what
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -26,10 +26,11 @@ from data_pipelines.samples import MERGE_SIZE
 from qwen2vl_train.config import StageConfig
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.cost import PackLengths, pack_flops
+from qwen2vl_train.model.parts import PARTS
+from qwen2vl_train.training.balancing import pack_cost, part_costs
 
 LABELLED_RECORDS = 64
 COUNTED_SAMPLES = 1_000_000
-PARTS = ("vit", "merger", "llm")
 PATCHES_PER_TOKEN = MERGE_SIZE**2
 
 
@@ -104,7 +105,7 @@ def rehearse(
         ShardError: a source without one usable sample.
     """
     costs = part_costs(config, stage.trainable)
-    whole = PackCost(*(sum(getattr(cost, name) for cost in costs.values()) for name in PackCost.__slots__))
+    whole = pack_cost(config, stage.trainable)
     per_label = _per_label(config, stage.trainable)
     planner = new_planner(stage.data, sources, seed, whole)
     seen = [_survey(source, stage) for source in sources]
@@ -147,19 +148,6 @@ def rehearse(
         seconds=time.perf_counter() - started,
         sources=seen,
     )
-
-
-def part_costs(config: ModelConfig, trainable: Sequence[str]) -> dict[str, PackCost]:
-    """FLOPs of each part but the head, from lengths. All patches count as still images' (0.05% too few for clips)."""
-
-    def counting(part: str) -> Callable[[Sequence[int], Sequence[int]], float]:
-        def count(documents: Sequence[int], segments: Sequence[int]) -> float:
-            lengths = PackLengths(tuple(documents), tuple(segments), sum(segments), 0, 0)
-            return float(getattr(pack_flops(config, lengths, trainable), part))
-
-        return count
-
-    return {part: PackCost.of(counting(part)) for part in PARTS}
 
 
 def _per_label(config: ModelConfig, trainable: Sequence[str]) -> int:

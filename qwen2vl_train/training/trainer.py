@@ -26,6 +26,7 @@ from qwen2vl_train.model.parts import audit, format_audit, freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise, load_hf
 from qwen2vl_train.training.ahead import DeviceFeed
+from qwen2vl_train.training.balancing import pack_cost, write_pack_cost
 from qwen2vl_train.training.checkpoint import CheckpointStore
 from qwen2vl_train.training.engine import Engine, building
 from qwen2vl_train.training.guard import Guard
@@ -177,14 +178,16 @@ class Trainer:
         return returned
 
     def _open_loader(self) -> Loader:
-        """This rank's packs."""
+        """This rank's packs; those of a step are dealt by cost, so that ranks wait little for each other."""
+        cost = pack_cost(self._model_config, self._stage.trainable)
+        self._world.from_main(lambda: write_pack_cost(self._folder, cost))
         options = (
             self._stage.data, self._tokenizer, self._stage.packs_per_step, self._sequence.data_rank,
             self._sequence.data_size, self._run.seed, self._sequence.pin_memory,
         )  # fmt: skip
         if self._stage.data.reader == "webdataset":
-            return StreamLoader(*options, gather=self._world.gather)  # ranks tell which shards are done
-        return PackLoader(*options)
+            return StreamLoader(*options, cost=cost, gather=self._world.gather)  # ranks tell which shards are done
+        return PackLoader(*options, cost=cost)
 
     def _state(self, progress: Progress, loader: Loader) -> dict[str, Any]:
         return {"stage": self._name, "progress": asdict(progress), "loader": loader.state_dict()}

@@ -1,9 +1,13 @@
 """`qwen2vl show`: an experiment's configuration gives the settings that decide its packs."""
 
+import json
+
 import pytest
 
+from data_pipelines.report.data_run import read_data_run
 from qwen2vl_train.config import ConfigError, load_config
 from qwen2vl_train.show import data_run
+from qwen2vl_train.training.balancing import write_pack_cost
 
 
 def test_the_stage_seed_and_ranks_of_the_overrides_decide_the_packs():
@@ -27,3 +31,14 @@ def test_impossible_stages_and_ranks_are_refused():
         data_run(run, "dessert", 1)
     with pytest.raises(ConfigError, match="not a multiple of world=7"):
         data_run(run, "vision", 7)
+
+
+def test_packs_are_dealt_by_the_cost_that_the_trainer_leaves_in_the_stage_folder(tmp_path):
+    run, settings = load_config(["experiment=demo"])
+    cost = data_run(run, "multitask", 2).cost
+    assert cost is not None
+    assert min(cost.per_token, cost.per_token_pair, cost.per_patch, cost.per_patch_pair) > 0
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    write_pack_cost(tmp_path / "multitask", cost)
+    assert read_data_run(tmp_path, "multitask").cost == cost
+    assert read_data_run(tmp_path, "instruct").cost is None
