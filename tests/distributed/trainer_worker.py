@@ -74,7 +74,7 @@ class HandMadeLoader:
 
     options: dict
 
-    def __init__(self, config, tokenizer, packs_per_step, rank, world, seed, pin_memory=False) -> None:
+    def __init__(self, config, tokenizer, packs_per_step, rank, world, seed, pin_memory=False, cost=None) -> None:
         self.dataset_names = ("even", "odd")
         self._packs, self._rank, self._world, self._step = packs_per_step, rank, world, 0
 
