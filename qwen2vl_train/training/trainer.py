@@ -134,8 +134,9 @@ class Trainer:
                 guard.check(result, mine, progress)
                 if spike := spikes.judge(result, progress):
                     watchdog.note(f"going back from step {step}", limit_s=run.watchdog.save_s)
-                    progress = self._roll_back(spike, mine, engine, store, spikes, journal, progress)
-                    continue
+                    if returned := self._roll_back(spike, mine, engine, store, spikes, journal, progress):
+                        progress = returned
+                        continue
                 done = progress.position(stage) >= stage.length
                 save = done or result.stop or (run.checkpoint.every and step % run.checkpoint.every == 0)
                 if save or progress.step % run.monitor.log_every == 0 or progress.step == 1:
@@ -158,14 +159,17 @@ class Trainer:
         spikes: SpikeGuard,
         journal: Journal,
         progress: Progress,
-    ) -> Progress:
-        """Model, optimizer and counts as in the last checkpoint; the loader stays behind the spike. Collective."""
+    ) -> Progress | None:
+        """Model, optimizer and counts as in the last checkpoint; the loader stays behind the spike. Collective.
+
+        None where no checkpoint lies before it: the step then counts as any other.
+        """
         path = store.find("auto", before=spike.step)
         if path is None:
             spikes.record(spike, packs, None, progress.rollbacks)
             spikes.remember(spike.loss, progress)
             self._monitor.warn(f"{spike}; no checkpoint lies before it, so training goes on")
-            return progress
+            return None
         state = store.load(engine, path)
         returned = Progress(**state["progress"] | {"rollbacks": progress.rollbacks + 1})
         spikes.record(spike, packs, returned.step, returned.rollbacks)

@@ -50,6 +50,14 @@ def test_past_the_limit_the_run_ends_with_the_samples_named(tmp_path):
     assert [(line["step"], line["returned_to"]) for line in lines] == [(6, 4), (5, 4)]
 
 
+def test_with_no_checkpoint_to_go_back_to_a_spike_at_the_end_is_logged_and_saved_as_any_step(tmp_path):
+    finished = train(2, tmp_path, steps=6, **SPIKED | {"every": 99})
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "no checkpoint lies before it, so training goes on" in finished.stdout
+    assert sorted(metrics(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "main" / "checkpoints" / "latest").read_text() == "step-00000006"
+
+
 @pytest.mark.slow
 def test_a_stage_of_so_many_tokens_ends_there_and_resumes_on_the_same_rates(tmp_path):
     options = {"packs": 4, "mix": True, "tokens": 1200, "schedule": "linear", "warmup_tokens": 400, "every": 1}
