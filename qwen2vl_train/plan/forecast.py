@@ -16,7 +16,7 @@ from data_pipelines.index.build import Progress
 from data_pipelines.loader import open_sources
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.compose import NOT_GIVEN
-from qwen2vl_train.config import ConfigError, RunConfig
+from qwen2vl_train.config import ConfigError, RunConfig, ScheduleConfig
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.cost import parameter_counts
 from qwen2vl_train.plan.hardware import Hardware
@@ -35,7 +35,10 @@ from qwen2vl_train.plan.rehearsal import Rehearsal, rehearse
 
 @dataclass(frozen=True)
 class StageForecast:
-    """One stage. `steps` are the configured ones, or those of the asked token budget; `seconds` None: peak unknown."""
+    """One stage. `steps` are the configured ones, or as many as a length in tokens takes (without data: of full packs).
+
+    `seconds` None: peak unknown.
+    """
 
     name: str
     trainable: Sequence[str]
@@ -90,7 +93,7 @@ def forecast(
     max_packs: int = 4000,
     progress: Progress | None = None,
 ) -> Forecast:
-    """Foretell every stage of the chain; `tokens` (per stage) decides the steps in place of the configuration.
+    """Foretell every stage of the chain; `tokens` is the length of each in place of the configured one.
 
     Raises:
         ConfigError: ranks that do not divide the packs or heads, or a vocabulary that nothing states.
@@ -99,19 +102,23 @@ def forecast(
     setting = Setting.of(run.engine, run.model)
     check_ranks(run, hardware.gpus)
     no_data = why_no_data(run)
-    tokenizer = None if no_data else TextTokenizer(run.data.tokenizer)
+    named = (Path(run.data.tokenizer) / "tokenizer.json").is_file()
+    tokenizer = TextTokenizer(run.data.tokenizer) if named or no_data is None else None
     config = sized_model(run, tokenizer)
     if tokens is not None and no_data:
         raise ConfigError(f"--tokens={tokens:g} needs shards to count steps with: {no_data}")
     stages = []
     for name in run.chain:
         stage = run.stages[name]
+        if tokens is not None:
+            stage = replace(stage, steps=0, tokens=math.ceil(tokens), schedule=ScheduleConfig())
         ranks = hardware.gpus // setting.sequence_parallel
-        rehearsal, steps, seconds = None, stage.steps, None
-        if tokenizer is not None:
+        rehearsal, seconds = None, None
+        steps = stage.steps or math.ceil(stage.tokens / (stage.packs_per_step * stage.data.plan.max_tokens))
+        if tokenizer is not None and no_data is None:
             sources = open_sources(stage.data, tokenizer, progress=progress)
             rehearsal = rehearse(stage, config, sources, ranks, run.seed, max_packs)
-            steps = stage.steps if tokens is None else math.ceil(tokens / rehearsal.tokens_per_step)
+            steps = stage.steps or math.ceil(stage.tokens / rehearsal.tokens_per_step)
             if hardware.peak_flops is not None:
                 seconds = rehearsal.flops_per_step * steps / (mfu * hardware.peak_flops * hardware.gpus)
         memory = rank_memory(config, stage, run.engine, setting, hardware.gpus)

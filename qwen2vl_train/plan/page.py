@@ -98,7 +98,8 @@ def _costs(plan: Forecast) -> Table:
             _time(stage.seconds),
         )
     table.caption = (
-        "imbalance: the slowest rank's FLOPs over the mean, by micro-step; sorted: packs of like cost side by side"
+        "imbalance: the slowest rank's FLOPs over the mean, by micro-step, packs in plan order; sorted: packs of\n"
+        "like cost side by side, as training deals them"
     )
     return table
 

@@ -117,7 +117,9 @@ def rehearse(
     totals = _Totals(stage.data.plan.max_tokens)
     imbalances: dict[str, list[float]] = {"plan": [], "sorted": []}
     while not steps or (
-        steps < min(stage.steps, max_packs // stage.packs_per_step) and time.perf_counter() - started < max_seconds
+        (totals.tokens if stage.tokens else steps) < stage.length
+        and steps < max_packs // stage.packs_per_step
+        and time.perf_counter() - started < max_seconds
     ):
         weights = next(phase.weights for phase in reversed(phases) if phase.from_tokens <= planner.tokens)
         packs = [planner.next_pack() for _ in range(stage.packs_per_step)]

@@ -90,6 +90,19 @@ def test_a_plan_longer_than_asked_for_stops_and_says_how_far_it_came(tiny):
     assert found.steps == 2  # whole steps of 4 packs
 
 
+def test_a_stage_of_so_many_tokens_is_planned_until_the_step_that_reaches_them(tiny, rehearsed):
+    six, _ = rehearsed
+    for tokens, steps in ((six.tokens, 6), (six.tokens + 1, 7)):
+        stage = replace(stage_of(tiny), steps=0, tokens=tokens)
+        assert rehearse(stage, model_config(), open_sources(stage.data, tiny.tokenizer), 2, 0).steps == steps
+
+
+def test_without_shards_a_length_in_tokens_is_counted_in_full_packs():
+    words = ["stages.vision.steps=0", "stages.vision.tokens=1000000000", "stages.vision.schedule.warmup_steps=0"]
+    (stage,) = forecast(run_of("stage=vision", *words), find_hardware("H100", 8, "bf16"), 0.4).stages
+    assert stage.steps == 477  # 1e9 / (128 * 16,384)
+
+
 def test_the_heaviest_packs_fill_both_budgets_and_their_parts_with_ranks_that_share(tiny):
     stage = stage_of(tiny, max_tokens=256)
     packs = heaviest_packs(stage)
@@ -150,6 +163,16 @@ def test_streamed_shards_have_no_plan_and_are_said_to():
     assert "stage vision streams its shards" in forecast(run, find_hardware("H100", 8, "bf16"), 0.4).no_data
 
 
+def test_the_vocabulary_follows_the_tokenizer_of_streamed_shards_too(tiny):
+    run = run_of(
+        f"data.tokenizer={tiny.folder}/tokenizer", "data.root=/shards", "stages.vision.data.reader=webdataset",
+        "model.config.text.vocab_size=0",
+    )  # fmt: skip
+    plan = forecast(run, find_hardware("H100", 8, "bf16"), 0.4)
+    assert plan.no_data
+    assert plan.model.text.vocab_size == tiny.tokenizer.vocab_size
+
+
 def test_what_does_not_fit_is_refused_with_what_would(capsys):
     assert main(["plan", "experiment=qwen2vl_7b", "--gpus", "4", "--gpu", "card", "--gpu-memory", "48"]) == 1
     said = " ".join(capsys.readouterr().out.split())
@@ -170,7 +193,7 @@ def test_the_figures_for_machines_are_json(tiny, capsys):
         "plan", "experiment=demo", "stage=vision", f"data.root={tiny.folder}", "data.tokenizer=${data.root}/tokenizer",
         "~stages.vision.data.sources",
         f"stages.vision.data.sources={{pictures: {{shards: ['{tiny.folder}/pictures-*.tar']}}}}",
-        "stages.vision.steps=30", "--tokens", "1e6", "--gpus", "2", "--peak-flops", "1e12", "--mfu", "0.5", "--json",
+        "--tokens", "1e6", "--packs", "60", "--gpus", "2", "--peak-flops", "1e12", "--mfu", "0.5", "--json",
     ]  # fmt: skip
     assert main(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
