@@ -43,7 +43,7 @@ class Stage:
     """One stage: `lines` are its training figures in order of steps, `held_out` and `majority` shares from 0 to 1.
 
     `evaluations` are (step, shares by metric), in order. `state`: "finished" has a result; "evaluating" has trained its
-    last planned step but left no result; "unfinished" has some figures; "waiting" has none.
+    whole length but left no result; "unfinished" has some figures; "waiting" has none.
     """
 
     name: str
@@ -122,7 +122,7 @@ def _read_stage(
 ) -> Stage:
     training = sorted((line for line in lines if "loss" in line), key=lambda line: line["step"])
     evaluations = [(int(line["step"]), shares) for line in lines if (shares := _held_out_of(line))]
-    steps = _number(planned.get("steps"))
+    steps, tokens = (_number(planned.get(unit)) for unit in ("steps", "tokens"))  # one of them is the stage's length
     path = folder / name / "result.json"
     result = _read_mapping(path, faults) if path.is_file() else {}
     if result and training and training[-1]["step"] < (_number(result.get("steps")) or 0):
@@ -136,13 +136,15 @@ def _read_stage(
         scored = _read_mapping(folder / name / "held_out.json", faults)
         held_out, majority = _shares(scored.get("metrics")), _shares(scored.get("baseline"))
     state: State = "finished" if result else "unfinished" if training else "waiting"
-    if state == "unfinished" and steps is not None and training[-1]["step"] >= steps:
-        state = "evaluating"
+    if state == "unfinished":
+        last = training[-1]
+        done = (_number(last.get("tokens")) or 0) >= tokens if tokens else steps is not None and last["step"] >= steps
+        state = "evaluating" if done else state
     return Stage(
         name=name,
         state=state,
         trained=tuple(str(part) for part in result.get("trained") or planned.get("trainable") or ()),
-        planned_steps=None if steps is None else int(steps),
+        planned_steps=int(steps) if steps else None,
         figures=_final_figures(result) if result else _figures_so_far(training),
         lines=training,
         evaluations=evaluations,

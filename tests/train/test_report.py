@@ -418,6 +418,14 @@ def test_figures_of_an_unfinished_stage_are_weighed_by_tokens(tmp_path):
     assert sum(stage.figures.skipped.values()) == 3
 
 
+def test_a_stage_of_so_many_tokens_has_trained_once_it_has_seen_them(tmp_path):
+    for tokens, state in ((200, "evaluating"), (201, "unfinished")):
+        write_json(tmp_path / "config.json", {"chain": ["a"], "stages": {"a": {"steps": 0, "tokens": tokens}}})
+        (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 2, "loss": 2.0, "tokens": 200}\n')
+        (stage,) = read_run(tmp_path).stages
+        assert (stage.state, stage.planned_steps) == (state, None)
+
+
 def test_a_stage_started_anew_does_not_show_its_old_result(tmp_path):
     folder = make_run(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
