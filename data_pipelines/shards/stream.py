@@ -38,6 +38,8 @@ from data_pipelines.shards.tar import (
 )
 
 MAX_MEMBER_BYTES = 1 << 30
+# What the package's tar reader would make more of than their bytes: a sparse member of a few bytes may claim terabytes.
+_EXPANDED = b"SX"
 _GZIP = b"\x1f\x8b"
 _ZEROS = bytes(BLOCK)
 
@@ -112,7 +114,9 @@ class TarWalk:
             self._ended = True
             return
         try:
-            header = parse_header(block, self.name, self._at + BLOCK - len(block))
+            header = parse_header(block, self.name, self._at)
+            if header.kind in _EXPANDED:
+                raise self._sparse(header)
             if header.kind in b"xgLK":
                 if header.size > MAX_EXTENDED_HEADER:
                     raise ShardError(self.name, "bad_header", f"extended header claims {header.size} bytes")
@@ -144,10 +148,16 @@ class TarWalk:
         self._extended = None
         try:
             found = parse_extended(header, bytes(data[: header.size]), self.name, self._at)
+            if any(field.startswith("GNU.sparse") for field in found):
+                raise self._sparse(header)
         except ShardError as error:
             self._fail(error.reason, error.message)
             return
         self._overrides.update(found if header.kind != ord("g") else {})
+
+    def _sparse(self, header: Header) -> ShardError:
+        message = f"a sparse member (header {header.name!r}): write the tar anew, without sparse members"
+        return ShardError(self.name, "bad_header", message)
 
     def _fail(self, reason: str, message: str) -> None:
         self.problem = ShardError(self.name, reason, message)
@@ -210,7 +220,8 @@ def _once(
         if not member:  # the package's mark of a shard's end
             yield member
             continue
-        path = member["fname"].removeprefix("./")
+        # Bytes that are no UTF-8 are named as the index names them.
+        path = member["fname"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
         named = _named(path)
         if named is None:
             continue
@@ -235,10 +246,12 @@ def _named(path: str) -> tuple[str, str] | None:
 def _as_problem(error: Exception, shard: str) -> ShardError:
     if isinstance(error, ShardError):
         return error
-    what = f"{type(error).__name__}: {error}"
+    # The package appends its own objects to an error's arguments.
+    said = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), "")
+    what = f"{type(error).__name__}: {said}"
     if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
         return ShardError(shard, "cut_shard", f"its gzip data is damaged ({what})")
-    if isinstance(error, tarfile.TarError):
+    if isinstance(error, (tarfile.TarError, ValueError)):
         return ShardError(shard, "bad_header", f"the tar reader gave up ({what})")
     return ShardError(shard, "read_failed", what)
 
@@ -250,6 +263,9 @@ class _Checked:
         self._source, self._walk = source, walk
         self._raised = self._at_end = False
         self._given = 0
+
+    def __str__(self) -> str:
+        return self._walk.name  # the package says in its errors what it read
 
     @property
     def silent_fault(self) -> bool:
@@ -272,7 +288,7 @@ class _Checked:
             for member in files:
                 self._given += bool(member) and _named(member["fname"].removeprefix("./")) is not None
                 yield member
-        except (ShardError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        except (ValueError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
             self._raised = True
             # At the end of the bytes the walk has said what is missing, if anything is.
             if not (self._at_end and isinstance(error, tarfile.TarError)):

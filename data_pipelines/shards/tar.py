@@ -204,9 +204,12 @@ def key_and_suffix(header: Header, shard: str, problems: list[ShardError]) -> tu
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, suffix) of a member's name; None for names that belong to no sample."""
+    """(key, suffix) of a member's name; None for names that belong to no sample.
+
+    Suffixes that begin with "__" are none: the package keeps facts of its own under such names ("__key__").
+    """
     match = _NAME.match(name.removeprefix("./"))
-    if match is None or _META.match(name):
+    if match is None or _META.match(name) or match[2].startswith("__"):
         return None
     return match[1], match[2].lower()
 

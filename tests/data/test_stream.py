@@ -26,9 +26,9 @@ from data_pipelines.streaming import StreamLoader
 PACKS = 4
 
 
-def tar_bytes(*members):
+def tar_bytes(*members, form=tarfile.PAX_FORMAT, encoding="utf-8"):
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=form, encoding=encoding) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -43,6 +43,9 @@ LONG = tar_bytes((f"{'long/' * 60}a.json", b"{}"), ("ä.json", b"1"), ("b.json",
 
 TWICE = tar_bytes(("a.json", b"1"), ("b.json", b"2"), ("b.json", b"3"), ("c.json", b"4"))
 OUTSIDE = tar_bytes(("../a.json", b"1"), ("/b.json", b"1"), ("c.json", b"4"))
+LATIN = tar_bytes(("ä.json", b"1"), ("b.json", b"2"), form=tarfile.GNU_FORMAT, encoding="latin-1")
+# Names under which the package keeps facts of its own.
+RESERVED = tar_bytes(("a.__key__", b"z"), ("a.json", b"1"), ("b.__url__", b"z"), ("b.json", b"2"))
 
 
 def streamed(tmp_path, data, name="x.tar"):
@@ -60,6 +63,7 @@ def spoilt(data, at):
 DAMAGE = {
     "none": (SIX, "012345", []),
     "long names": (LONG, None, []),
+    "names that are no UTF-8": (LATIN, ["\\xe4", "b"], []),
     "bad header inside a sample": (spoilt(SIX, 3 * 2048 + 1024), "012", ["bad_header"]),
     "bad header between samples": (spoilt(SIX, 4 * 2048), "0123", ["bad_header"]),
     "bad first header": (spoilt(SIX, 0), "", ["bad_header"]),
@@ -72,6 +76,7 @@ DAMAGE = {
     "a page": (b"<html>" * 500, "", ["bad_header"]),
     "a member twice": (TWICE, "ac", ["duplicate_key"]),
     "outside": (OUTSIDE, "c", ["unsafe_name", "unsafe_name"]),
+    "the package's own names": (RESERVED, "ab", []),
 }  # fmt: skip
 
 
@@ -121,6 +126,29 @@ def test_a_claim_of_too_many_bytes_is_refused_before_it_is_read(tmp_path):
     claim = tar_bytes(("0.json", b"{}"))[:1024] + info.tobuf(tarfile.GNU_FORMAT) + bytes(4096)
     _, problems = streamed(tmp_path, claim)
     assert [reason for reason, _ in problems] == ["media_too_big"]
+
+
+@pytest.mark.parametrize("form", ["GNU", "pax"])
+def test_a_sparse_member_ends_its_shard_before_the_reader_expands_it(tmp_path, form):
+    """A block of a tar may stand for terabytes of zeros, and a map that does not parse is an error of tarfile's."""
+    info = tarfile.TarInfo("9.json")
+    if form == "GNU":
+        info.type = tarfile.GNUTYPE_SPARSE
+        member = info.tobuf(tarfile.GNU_FORMAT)
+    else:
+        info.pax_headers = {"GNU.sparse.map": "one", "GNU.sparse.size": str(1 << 40)}
+        member = info.tobuf(tarfile.PAX_FORMAT)
+    samples, problems = streamed(tmp_path, SIX[: 6 * 2048] + member + bytes(1024))
+    assert [sample.key for sample in samples] == list("012345")
+    ((reason, message),) = problems
+    assert reason == "bad_header"
+    assert "without sparse members; 6 samples before it are used" in message
+
+
+def test_an_error_of_the_reader_names_the_shard_and_no_object_of_the_program(tmp_path):
+    _, ((_, message),) = streamed(tmp_path, gzip.compress(SIX)[:-20], "x.tar.gz")
+    assert "x.tar.gz" in message
+    assert " object at 0x" not in message
 
 
 def test_a_pipe_is_read_like_a_file(tmp_path):
