@@ -55,13 +55,18 @@ class Assistant:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         media: MediaConfig | None = None,
+        vision_ids: bool = False,
     ) -> None:
-        """Load `folder`. `dtype` None: bfloat16 on CUDA, float32 on the CPU. `media` None: the folder's own limits."""
+        """Load `folder`. `dtype` None: bfloat16 on CUDA, float32 on the CPU. `media` None: the folder's own limits.
+
+        `vision_ids` writes "Picture 1: ", "Video 1: " before the media: for models that were trained so.
+        """
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = ModelConfig.from_hf(folder)
         self.tokenizer = TextTokenizer(folder)
         self.max_tokens = config.text.max_position_embeddings
-        self.encoder = SampleEncoder(self.tokenizer, template, media or read_limits(folder), self.max_tokens)
+        limits = media or read_limits(folder)
+        self.encoder = SampleEncoder(self.tokenizer, template, limits, self.max_tokens, vision_ids)
         model = Qwen2VL(config)
         load_hf(model, folder)
         self.model = model.to(device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).eval()
@@ -141,6 +146,9 @@ def add_arguments(commands: Any) -> None:
             f"--{kind}", dest="media", action=_AppendMedia, kind=kind, metavar="FILE", help=f"a {kind}; may be repeated"
         )
     parser.add_argument("--template", choices=("chatml", "plain"), default="chatml", help="(%(default)s)")
+    parser.add_argument(
+        "--vision-ids", action="store_true", help='write "Picture 1: " before the media (data.vision_ids)'
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest word (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the words that hold P")
@@ -177,6 +185,7 @@ def run_generate(options: argparse.Namespace) -> int:
         torch.device(options.device) if options.device else None,
         getattr(torch, options.dtype) if options.dtype else None,
         limits,
+        options.vision_ids,
     )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     try:

@@ -81,6 +81,15 @@ def test_media_come_in_the_order_they_are_named(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_media_are_numbered_where_the_model_learnt_them_so(folder, monkeypatch):
+    seen = prompts(monkeypatch)
+    media = ("--image", str(folder / "a.png"), "--image", str(folder / "a.png"))
+    options = command("--model", str(folder), "--prompt", "what", "--max-new-tokens", "1", "--vision-ids", *media)
+    assert options.run(options) == 0
+    text = TextTokenizer(folder).decode(seen[0].input_ids.tolist())
+    assert text.index("Picture 1: <|vision_start|>") < text.index("Picture 2: <|vision_start|>")
+
+
 def test_a_gif_is_a_picture_or_a_clip(folder, monkeypatch):
     seen = prompts(monkeypatch)
     assistant = ask.Assistant(folder)
