@@ -33,6 +33,7 @@ from data_pipelines.tokenizer import TextTokenizer
 
 STATE_VERSION = 1
 SOURCE = "source "
+_ORDER = "order of the sources"
 
 
 def open_sources(
@@ -241,11 +242,17 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], accept_cha
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")
     theirs = state["identity"]
+    # Plans number the sources, and draw ties by number.
+    common = mine.keys() & theirs.keys()
+    mine, theirs = (
+        {**identity, _ORDER: [name for name in source_facts(identity) if f"{SOURCE}{name}" in common]}
+        for identity in (mine, theirs)
+    )
     changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-    if all(accept_changes and name.startswith(SOURCE) for name in changed):
+    only_sources = all(name.startswith(SOURCE) or name == _ORDER for name in changed)
+    if not changed or (accept_changes and only_sources):
         return changed
     listed = "; ".join(f"{name}: was {theirs.get(name)}, is {mine.get(name)}" for name in changed)
-    only_sources = all(name.startswith(SOURCE) for name in changed)
     remedy = ", set data_change=accept to go on with the data as it is now" if only_sources else ""
     raise ValueError(
         f"cannot continue the data exactly, the settings differ: {listed}. Restore them{remedy}, or start anew"

@@ -65,6 +65,8 @@ def carry_over(
     ]
     if changed:
         notes.append(f"shares changed ([weight, epochs, schedule]: {'; '.join(changed)})")
+    if [name for name in before if name in now] != [name for name in now if name in before]:
+        notes.append("the sources stand in another order")
     if notes:
         notes.append("the mixture counts its shares anew from here")
     phase = sum(phase.from_tokens <= state["tokens"] for phase in phases) - 1

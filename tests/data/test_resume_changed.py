@@ -165,3 +165,22 @@ def test_a_schedule_that_changed_goes_on_in_its_phase(tiny, folder):
     after, _, _ = go(loader)
     rest = [source for source, _ in after[12:]]  # past what waited in the pool
     assert set(rest) == {"pictures"}
+
+
+@pytest.mark.parametrize("packing", ["pool", "task"])
+def test_sources_in_another_order_keep_their_places_by_name(tiny, folder, packing):
+    """The state counts sources by number: taken as it stands, one would go on at the other's place."""
+    before, _, state = go(make(tiny, folder, packing))
+    turned = {"texts": 1.0, "pictures": 2.0}
+    with pytest.raises(ValueError, match=r"order of the sources: was \['pictures', 'texts'\], is .*data_change=accept"):
+        make(tiny, folder, packing, **turned).load_state_dict(state)
+    loader = make(tiny, folder, packing, **turned)
+    assert resume(loader, state) == [
+        "the sources stand in another order",
+        "the mixture counts its shares anew from here",
+    ]
+    after, _, end = go(loader, 30)
+    for number, (name, size) in enumerate((("texts", 15), ("pictures", 20))):
+        counts = Counter([key for source, key in before + after if source == name] + waiting(end, number, name[0]))
+        assert len(counts) == size
+        assert max(counts.values()) - min(counts.values()) <= 1
