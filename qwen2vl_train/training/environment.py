@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from data_pipelines.shards.names import file_of
 from data_pipelines.shards.storage import expand_shards
 from qwen2vl_train.config import ConfigError, RunConfig
 from qwen2vl_train.training.world import World
@@ -98,9 +99,9 @@ def _look(run: RunConfig, world: World) -> RankFacts:
 def _shards(run: RunConfig, stage: str) -> str:
     """How many shards, and of how many bytes, this rank sees for `stage`; remote shards are counted only."""
     try:
-        sources = run.stages[stage].data.sources
-        paths = [path for name, source in sources.items() for path in expand_shards(name, source.shards)]
-        local = [Path(path) for path in paths if "://" not in path]
+        data = run.stages[stage].data
+        paths = [path for name, item in data.sources.items() for path in expand_shards(name, item.shards, data.remote)]
+        local = [Path(file_of(path)) for path in paths if "://" not in path]
         size = sum(path.stat().st_size for path in local)
     except (ValueError, OSError) as error:
         return str(error)

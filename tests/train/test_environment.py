@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qwen2vl_train.config import load_config
-from qwen2vl_train.training.environment import RankFacts, check_environment, find_faults
+from qwen2vl_train.training.environment import RankFacts, _shards, check_environment, find_faults
 from qwen2vl_train.training.world import end_world, start_world
 
 FACTS = RankFacts(
@@ -37,6 +37,7 @@ def test_the_table_names_devices_versions_and_shards(tmp_path, monkeypatch):
     run, _ = load_config(["experiment=demo", "stage=vision", f"run_dir={tmp_path}", f"data.root={tmp_path}"])
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "captions-00000.tar").write_bytes(b"12345")
+    (tmp_path / "train" / "words-00000.tar").write_bytes(b"123")
     world = start_world(30)
     try:
         table = check_environment(run, world)
@@ -44,4 +45,11 @@ def test_the_table_names_devices_versions_and_shards(tmp_path, monkeypatch):
         end_world()
     assert "1 rank(s), all-reduce" in str(table.title)
     assert "torch 2." in str(table.caption)
-    assert "vision: 1 shards, 5 bytes" in str(table.caption)
+    assert "vision: 2 shards, 8 bytes" in str(table.caption)
+
+
+def test_files_of_json_lines_are_counted_wherever_their_media_lie(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"123")
+    source = f"{{lines: {{shards: ['{tmp_path}/a.jsonl::{tmp_path}/media']}}}}"
+    run, _ = load_config(["experiment=demo", "~stages.vision.data.sources", f"stages.vision.data.sources={source}"])
+    assert _shards(run, "vision") == "1 shards, 3 bytes"
