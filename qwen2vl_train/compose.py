@@ -54,7 +54,8 @@ def compose_settings(overrides: Sequence[str], folder: Path, allow_missing: bool
         values = OverridesParser.create().parse_overrides([word for word in words if word not in choices])
         with initialize_config_dir(str(folder), version_base="1.3"):
             config = compose("train", overrides=choices)
-        for value in values:
+        # what lies behind a reference last: its copy then has all that was set where the reference leads
+        for value in sorted(values, key=lambda value: _crosses_reference(config, value)):
             _apply(config, value)
         written = _plain(OmegaConf.to_container(config, resolve=False))
         missing = tuple(_open_places(written)) if allow_missing else ()
@@ -140,10 +141,27 @@ def _apply(config: Any, override: Any) -> None:
         with open_dict(parent):
             del parent[name]
         return
-    value = override.value()
-    _own(config, key.split(".")[: None if isinstance(value, Mapping) else -1])
+    _own(config, _way_to(override))
     with open_dict(config):
-        OmegaConf.update(config, key, value, merge=True, force_add=True)
+        OmegaConf.update(config, key, override.value(), merge=True, force_add=True)
+
+
+def _way_to(override: Any) -> list[str]:
+    """The sections that the override changes inside; one that is given as a whole is merged with what is there."""
+    return list(override.key_or_group.split(".")[: None if isinstance(override.value(), Mapping) else -1])
+
+
+def _crosses_reference(config: Any, override: Any) -> bool:
+    from omegaconf import DictConfig, OmegaConf
+
+    node = config
+    for part in _way_to(override):
+        if not isinstance(node, DictConfig) or part not in node:
+            return False
+        if OmegaConf.is_interpolation(node, part):
+            return True
+        node = node[part]
+    return False
 
 
 def _own(config: Any, path: Sequence[str]) -> Any:

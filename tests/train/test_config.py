@@ -94,6 +94,15 @@ def test_a_value_set_behind_a_reference_changes_this_stage_and_nothing_else_in_i
     assert run.stages["multitask"].data.media.max_pixels == 31360
 
 
+@pytest.mark.parametrize(
+    "place", ["stages.vision.data.media.max_pixels=50176", "stages.vision.data.media={max_pixels: 50176}"]
+)
+def test_what_is_set_for_all_stages_reaches_one_with_a_value_of_its_own_in_any_order(place):
+    for words in ([place, "shared.media.max_frames=4"], ["shared.media.max_frames=4", place]):
+        media = load_config(["experiment=demo", *words])[0].stages["vision"].data.media
+        assert (media.max_pixels, media.max_frames) == (50176, 4)
+
+
 def test_a_source_weighed_anew_in_one_stage_keeps_its_shards_and_the_other_stages_weights():
     run, _ = load_config(["experiment=demo", "mixture.instruct.captions.weight=9", "~mixture.instruct.text"])
     instruct, multitask = (run.stages[name].data.sources for name in ("instruct", "multitask"))
