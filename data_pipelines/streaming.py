@@ -35,6 +35,7 @@ from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.progress import Done, Progress
 from data_pipelines.plan.stream import CountedSample, SourceStream, StreamedPack, StreamPlanner
 from data_pipelines.samples import PackedBatch, Record
+from data_pipelines.shards.names import public_name
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -197,7 +198,7 @@ class StreamLoader:
     def _identity(self) -> dict[str, Any]:
         facts = {}
         for name, shards in self._shards.items():
-            names = "\n".join(os.path.basename(shard.partition("?")[0]) for shard in shards)
+            names = "\n".join(os.path.basename(public_name(shard)) for shard in shards)
             facts[name] = (len(shards), hashlib.blake2b(names.encode(), digest_size=8).hexdigest())
         return identity_of(self._config, self._tokenizer, self._seed, self._cost, facts)
 

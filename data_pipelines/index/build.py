@@ -34,8 +34,8 @@ from data_pipelines.index.layout import measure_sample, read_sample, scan_shard
 from data_pipelines.index.read import media_refs
 from data_pipelines.index.samples import FORMAT, IndexRow, ShardIndex, index_columns
 from data_pipelines.index.table import Array, ColumnError, Columns, write_columns, write_whole
-from data_pipelines.shards.names import split_name
-from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, is_remote, open_shard, read_beside
+from data_pipelines.shards.names import is_remote, public_name, split_name
+from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, open_shard, read_beside
 
 if TYPE_CHECKING:
     from data_pipelines.tokenizer import TextTokenizer
@@ -219,7 +219,7 @@ def _places(shard: str, kind: str) -> list[Path]:
     shard, root = split_name(shard)
     if root:  # the same lines with media in another folder have an index of their own
         kind = f"{hashlib.blake2b(root.encode(), digest_size=4).hexdigest()}.{kind}"
-    where = shard.partition("?")[0] if is_remote(shard) else str(Path(shard).resolve())
+    where = public_name(shard) if is_remote(shard) else str(Path(shard).resolve())
     name = f"{os.path.basename(where)}.{kind}"
     digest = hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
     spare = SPARE_CACHE.expanduser() / f"{digest}-{name}"

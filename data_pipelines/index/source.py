@@ -21,8 +21,8 @@ from data_pipelines.index.layout import read_sample
 from data_pipelines.index.samples import ShardIndex
 from data_pipelines.index.table import Array
 from data_pipelines.samples import Media, MediaRef, Record
-from data_pipelines.shards.names import file_of
-from data_pipelines.shards.storage import REMOTE_DEFAULTS, OpenShards, fetch_ranges, is_remote
+from data_pipelines.shards.names import file_of, is_remote, public_name
+from data_pipelines.shards.storage import REMOTE_DEFAULTS, OpenShards, fetch_ranges
 from data_pipelines.shards.tar import BLOCK
 
 ReadMember = Callable[[str], bytes]
@@ -154,4 +154,4 @@ class SourceIndex:
 
 
 def _base_name(shard: str) -> str:
-    return os.path.basename(shard.partition("?")[0] if is_remote(shard) else file_of(shard))
+    return os.path.basename(file_of(public_name(shard)))

@@ -26,6 +26,7 @@ from data_pipelines.plan.mixture import Mixture, Phase
 from data_pipelines.plan.order import SourceOrder
 from data_pipelines.plan.packer import Item, Packer, PoolPacker, SinglePacker, TaskPacker
 from data_pipelines.samples import LedgerEvent
+from data_pipelines.shards.names import public_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +231,8 @@ class _Cursor:
                 self._events.append(LedgerEvent(name, key, reason, message, indexed=True))
             for reason, count in table.unlisted.items():
                 message = f"{count} more samples, not listed one by one"
-                event = LedgerEvent(name, self._source.shards[shard], reason, message, indexed=True, num_samples=count)
-                self._events.append(event)
+                key = public_name(self._source.shards[shard])
+                self._events.append(LedgerEvent(name, key, reason, message, indexed=True, num_samples=count))
 
     def _nothing_usable(self) -> ShardError:
         reasons = Counter[str]()

@@ -25,7 +25,7 @@ from data_pipelines.index.layout import measure_sample, read_sample, scan_shard
 from data_pipelines.index.read import media_refs, read_member, read_record, with_media
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.samples import Media, MediaRef, Record
-from data_pipelines.shards.names import file_of, is_lines
+from data_pipelines.shards.names import file_of, is_lines, public_name
 from data_pipelines.shards.storage import ShardFile, open_shard, read_beside
 from data_pipelines.shards.tar import TarSample, TarScan
 from data_pipelines.tokenizer import TextTokenizer
@@ -49,7 +49,7 @@ class Finding:
     @classmethod
     def of(cls, shard: str, key: str, reason: str, message: str) -> Finding:
         """A finding; whether it costs samples follows from its reason."""
-        return cls(shard, key, reason, message, reason not in _NOTES)
+        return cls(public_name(shard), key, reason, message, reason not in _NOTES)
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,20 @@ class PartChecker:
         self._clips = ClipDecoder(settings.media.video_backend, settings.media.decode_timeout_s)
         self._encoder: SampleEncoder | None = None
 
-    def whole(self) -> list[Finding]:
-        """Findings of the shard itself: unreadable bytes, tar structure, a manifest that says otherwise."""
+    def whole(self, alive: Callable[[], None] = lambda: None) -> list[Finding]:
+        """Findings of the shard itself: unreadable bytes, tar structure, a manifest that says otherwise.
+
+        `alive` is called after each MiB: reading a large shard takes longer than a sample may.
+        """
         if self._part.number:
             return []
         problems = [*self._opening, *self._scan.problems]
         if self._file is not None:
-            problems += _unreadable_or_changed(self._file, len(self._scan.samples))
+            problems += _unreadable_or_changed(self._file, len(self._scan.samples), alive)
             problems += _scattered(self._file.name, self._scan.samples)
             if not problems and not self._scan.samples:
                 problems.append(ShardError(self._part.shard, "no_samples", "a sound tar without a single sample"))
-        return [self._finding(_key_in(problem.key, self._part.shard), problem) for problem in problems]
+        return [self._finding(_key_in(problem.key, public_name(self._part.shard)), problem) for problem in problems]
 
     def check(self, number: int) -> list[Finding]:
         """Findings of sample `number`: several where several of its members are bad."""
@@ -213,12 +216,13 @@ def _key_in(key: str, shard: str) -> str:
     return key.removeprefix(shard).removeprefix("/")
 
 
-def _unreadable_or_changed(file: ShardFile, num_samples: int) -> Iterator[ShardError]:
+def _unreadable_or_changed(file: ShardFile, num_samples: int, alive: Callable[[], None]) -> Iterator[ShardError]:
     """Read every byte; hold size, checksum and samples against the manifest beside the shard, where one lists it."""
     digest = hashlib.sha256()
     try:
         for offset in range(0, file.size, _BLOCK):
             digest.update(file.read(offset, min(_BLOCK, file.size - offset)))
+            alive()
     except ShardError as error:
         yield error
         return

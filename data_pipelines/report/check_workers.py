@@ -102,10 +102,14 @@ def _hand_out(worker: _Worker, part: ShardPart, begin: int) -> None:
 
 
 def _lost(worker: _Worker, reason: str, message: str, waiting: deque[tuple[ShardPart, int]]) -> Checked:
-    """The sample a worker was at as a finding; the rest of its part is to be done next."""
+    """The sample a worker was at as a finding; the rest of its part is to be done next.
+
+    A worker sent on to a sample that never told its key was lost while it scanned the shard: so would the next one be.
+    """
     assert worker.part is not None
     finding = Finding.of(worker.part.shard, worker.at.key, reason, message)
-    waiting.appendleft((worker.part, worker.at.number + 1))
+    if worker.at.number == WHOLE or worker.at.key:
+        waiting.appendleft((worker.part, worker.at.number + 1))
     return Checked(worker.at.number, 0, (finding,))
 
 
@@ -136,7 +140,7 @@ def _serve(pipe: Connection, parents_end: Connection, settings: CheckSettings, p
         checker = PartChecker(part, settings)
         if begin == WHOLE:
             pipe.send(_At(WHOLE, ""))
-            pipe.send(Checked(WHOLE, 0, tuple(checker.whole())))
+            pipe.send(Checked(WHOLE, 0, tuple(checker.whole(lambda: pipe.send(_At(WHOLE, ""))))))
         for number in range(max(begin, 0), len(checker.keys)):
             pipe.send(_At(number, checker.keys[number]))
             pipe.send(Checked(number, checker.size(number), tuple(checker.check(number))))

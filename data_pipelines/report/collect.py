@@ -27,7 +27,7 @@ from data_pipelines.plan.planner import Pack
 from data_pipelines.report.documents import DocumentWriter, Origin
 from data_pipelines.report.survey import Survey
 from data_pipelines.samples import PackedBatch
-from data_pipelines.shards.names import file_of
+from data_pipelines.shards.names import file_of, public_name
 from data_pipelines.tokenizer import TextTokenizer
 
 CHUNK_DOCUMENTS = 24
@@ -161,7 +161,7 @@ class _Reading:
             )
             source = self.sources[item.source]
             record, read = source.read(item.shard, item.row)
-            yield number, Origin(source.name, Path(file_of(source.shards[item.shard])).name, record, read)
+            yield number, Origin(source.name, Path(file_of(public_name(source.shards[item.shard]))).name, record, read)
 
 
 def _summary(document: dict[str, Any]) -> dict[str, Any]:

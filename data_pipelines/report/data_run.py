@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.plan.balance import COST_NAME, PackCost
-from data_pipelines.shards.names import file_of
+from data_pipelines.shards.names import file_of, public_name
 from data_pipelines.shards.storage import expand_shards
 
 
@@ -143,11 +143,9 @@ def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
             named.setdefault(name, []).extend(expand_shards(name, [pattern]))
             continue
         for shard in expand_shards("shards", [word]):
-            folder = Path(file_of(shard)).parent
-            stem = (
-                re.sub(r"[-_.]?\d+$", "", Path(file_of(shard)).name.removesuffix(".tar").removesuffix(".jsonl"))
-                or folder.name
-            )
+            path = Path(file_of(public_name(shard)))
+            folder = path.parent
+            stem = re.sub(r"[-_.]?\d+$", "", path.name.removesuffix(".tar").removesuffix(".jsonl")) or folder.name
             found.setdefault(stem, {}).setdefault(str(folder), []).append(shard)
     for stem, folders in found.items():
         for place, shards in folders.items():

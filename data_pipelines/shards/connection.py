@@ -19,6 +19,7 @@ import fsspec
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
+from data_pipelines.shards.names import public_name
 
 T = TypeVar("T")
 WEB = ("http", "https")
@@ -28,11 +29,6 @@ _PASSING = (408, 425, 429)  # and all from 500 on
 _LASTING = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError, TypeError,
 )  # fmt: skip
-
-
-def public_name(url: str) -> str:
-    """The URL without its query, which may hold a signature."""
-    return url.partition("?")[0]
 
 
 def is_web(url: str) -> bool:

@@ -1,8 +1,9 @@
-"""What a shard's name says: a tar, or a JSON-lines file with the folder of its media.
+"""What a shard's name says: a tar or a JSON-lines file with the folder of its media, here or behind a URL.
 
 web-00000.tar                      a webdataset tar
 train.jsonl                        records, one a line; they name media relative to the file's own folder
 train.jsonl::/data/images          the same, media relative to /data/images
+https://host/web-00000.tar?sig=…   a tar behind a URL; the query may hold a signature, and is shown nowhere
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ import os
 
 LINES_EXTENSIONS = (".jsonl", ".ndjson")
 _SEPARATOR = "::"
+
+
+def is_remote(shard: str) -> bool:
+    """Whether a shard is read through fsspec: a URL of any scheme but `file://`."""
+    return "://" in shard and not shard.startswith("file://")
+
+
+def public_name(shard: str) -> str:
+    """The shard as messages, ledgers and pages name it: a URL without its query."""
+    return shard.partition("?")[0] if is_remote(shard) else shard
 
 
 def is_lines(shard: str) -> bool:

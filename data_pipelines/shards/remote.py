@@ -21,7 +21,8 @@ from fsspec.asyn import sync
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.shards.cache import BlockCache
-from data_pipelines.shards.connection import attempt, call, filesystem_of, is_web, public_name, stream_whole
+from data_pipelines.shards.connection import attempt, call, filesystem_of, is_web, stream_whole
+from data_pipelines.shards.names import public_name
 from data_pipelines.shards.tag import TAG_LENGTH, content_tag
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
-from data_pipelines.shards.names import file_of, split_name
+from data_pipelines.shards.names import file_of, is_remote, public_name, split_name
 from data_pipelines.shards.tag import content_tag
 
 REMOTE_DEFAULTS = RemoteConfig()
@@ -78,11 +78,6 @@ class LocalFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def is_remote(path: str) -> bool:
-    """Whether a shard is read through fsspec: a URL of any scheme but `file://`."""
-    return "://" in path and not path.startswith("file://")
 
 
 def open_shard(path: str, remote: RemoteConfig = REMOTE_DEFAULTS) -> ShardFile:
@@ -150,7 +145,9 @@ def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = R
             matches = _matches(path, remote)
             if not matches:
                 where = "" if is_remote(path) else _nearest_folder(path)
-                raise ShardError(source, "no_shards", f"source {source!r}: no shard matches {path!r}{where}")
+                raise ShardError(
+                    source, "no_shards", f"source {source!r}: no shard matches {public_name(path)!r}{where}"
+                )
             found.update(matches)
     if not found:
         raise ShardError(source, "no_shards", f"source {source!r} names no shards: give paths or globs of tar files")

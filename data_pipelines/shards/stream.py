@@ -25,7 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
-from data_pipelines.shards.storage import is_remote
+from data_pipelines.shards.names import is_remote, public_name
 from data_pipelines.shards.tar import (
     BLOCK,
     MAX_EXTENDED_HEADER,
@@ -169,7 +169,7 @@ def stream_samples(path: str, remote: RemoteConfig, problems: list[ShardError]) 
     A damaged shard gives the samples before the damage. Every member of a key stands together; what of a key comes
     later, and keys with a member twice, are problems and left out.
     """
-    name = path.partition("?")[0] if is_remote(path) else path
+    name = public_name(path)
     walk = TarWalk(name, problems)
     usual: Counter[tuple[str, ...]] = Counter()
     held: RawSample | None = None

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from data_pipelines.cli import main
-from data_pipelines.report import check_shard
+from data_pipelines.report import check_shard, check_workers
 from data_pipelines.report.check import check_shards
 from data_pipelines.report.check_shard import CheckSettings, Finding, PartChecker, ShardPart
+from data_pipelines.shards.storage import LocalFile
 
 
 class Heard:
@@ -171,6 +172,28 @@ def test_a_sample_that_ends_or_stalls_its_process_is_a_finding_and_the_others_ar
     heard, summary = run(sorted(tiny.folder.glob("pictures-*.tar")), processes=2, timeout_s=2.0)
     assert heard.by_key == {("pictures-00000.tar", "p02"): "decoder_crashed", ("pictures-00000.tar", "p04"): "deadline"}
     assert (summary.samples, summary.bad_samples) == (20, 2)
+
+
+def test_a_shard_that_ends_its_process_while_it_is_scanned_is_given_up(tiny, monkeypatch):
+    monkeypatch.setattr(check_workers, "PartChecker", lambda part, settings: os._exit(7))
+    heard, _ = run([tiny.folder / "pictures-00000.tar"])
+    # once as a whole, once where its samples would begin: never again, since every try would end alike
+    assert [(finding.key, finding.reason) for finding in heard.findings] == [("", "decoder_crashed")] * 2
+
+
+def test_reading_a_whole_shard_may_take_longer_than_a_sample(tiny, monkeypatch):
+    read = LocalFile.read
+
+    def slow(self, offset, size):
+        time.sleep(0.5 if size == 4096 else 0)
+        return read(self, offset, size)
+
+    shard = tiny.folder / "pictures-00000.tar"
+    monkeypatch.setattr(check_shard, "_BLOCK", 4096)
+    monkeypatch.setattr(LocalFile, "read", slow)
+    assert shard.stat().st_size > 8 * 4096  # so four seconds at least
+    heard, summary = run([shard], timeout_s=3.0)
+    assert (heard.findings, summary.samples) == ([], 8)
 
 
 def test_parts_of_a_large_shard_cover_it_once(tiny, monkeypatch):

@@ -20,7 +20,10 @@ from data_pipelines.errors import ShardError
 from data_pipelines.index import build
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
+from data_pipelines.report.check_shard import Finding
+from data_pipelines.report.data_run import name_sources
 from data_pipelines.shards.cache import BlockCache
+from data_pipelines.shards.names import public_name
 from data_pipelines.shards.remote import RemoteFile, fetch_all
 from data_pipelines.shards.storage import LocalFile, expand_shards, open_shard
 
@@ -233,6 +236,14 @@ def test_patterns_of_urls_name_shards(server, remote, tmp_path):
         expand_shards("s", [f"{address}/y-*.tar"], remote)
     local = str(tmp_path / "www" / "a.tar")
     assert expand_shards("s", [f"file://{local}"]) == [local]
+
+
+def test_a_signature_is_no_part_of_any_name():
+    url = "https://host/web-00000.tar?signature=secret"
+    assert name_sources([url]) == {"web": [url]}
+    assert Finding.of(url, "", "bad_header", "").shard == "https://host/web-00000.tar"
+    assert public_name("s3://bucket/a.tar") == "s3://bucket/a.tar"
+    assert public_name("/data/what?.tar") == "/data/what?.tar"  # a file's name, not a query
 
 
 def over_http(tiny, address, remote, workers=0):
