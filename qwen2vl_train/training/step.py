@@ -81,9 +81,7 @@ def train_step(
     batches = (feed or DeviceFeed(engine.device)).batches(packs)
     own = (sum(pack.num_supervised for pack in packs), sum(pack.num_tokens for pack in packs), int(stop))
     header = torch.tensor(own, dtype=torch.float64, device=engine.device)
-    world.sum(
-        header
-    )  # every rank holds the global batch's supervised tokens and tokens, and how many ranks ask to stop
+    world.sum(header)  # now the global batch's supervised tokens and tokens, and how many ranks ask to stop
     totals_of_step = _to_host(header)
     scale = (world.size / header[0].clamp(min=1.0)).float()  # DeepSpeed averages over ranks: undo it
     losses = []

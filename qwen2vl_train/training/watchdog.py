@@ -111,8 +111,9 @@ class Watchdog:
 
         Every rank must make the same notes in the same order.
         """
-        self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=tuple(keys))
+        # the clock first: the thread, which reads the beat first, never sees the new note as old as the one before
         self._since, self._limit_s = time.monotonic(), limit_s or self._config.stall_s
+        self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=tuple(keys))
         if self._notes is not None:
             try:
                 self._send(self._notes, replace(self._beat, tick=self._ticks))
@@ -136,8 +137,9 @@ class Watchdog:
                     os._exit(1)  # NCCL would leave this rank waiting for the one that failed
                 # Fires from C if this thread cannot run for so long because other code holds the interpreter.
                 faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=stacks)
-                if self._ask(lambda: self._tick(store)).still_s > self._limit_s:
-                    self._end_run(store)
+                beat = self._ask(lambda: self._tick(store))
+                if beat.still_s > self._limit_s:
+                    self._end_run(store, beat.notes)
         except (RuntimeError, TimeoutError) as error:
             self._watch_alone(error)
 
@@ -163,9 +165,10 @@ class Watchdog:
     def _tick(self, store: Store) -> Beat:
         """Send one beat, with the stack once this rank is overdue."""
         self._ticks += 1
+        beat = self._beat
         still_s = time.monotonic() - self._since
         stack = self._stack() if still_s > self._limit_s else ""
-        beat = replace(self._beat, tick=self._ticks, still_s=still_s, stack=stack)
+        beat = replace(beat, tick=self._ticks, still_s=still_s, stack=stack)
         self._send(store, beat)
         return beat
 
@@ -176,10 +179,9 @@ class Watchdog:
         frame = sys._current_frames().get(self._main or 0)
         return "".join(traceback.format_stack(frame)[-25:]) if frame else ""
 
-    def _end_run(self, store: Store) -> None:
-        """Give the others time to send their stacks, judge, report once, end this process."""
+    def _end_run(self, store: Store, notes: int) -> None:
+        """Give the others time to send their stacks, judge, report once, end this process; not if `notes` grow."""
         before = self._ask(lambda: self._read(store))
-        notes = self._beat.notes
         for _ in range(_PATIENCE_TICKS):
             if self._ended.wait(self._tick_s) or self._beat.notes != notes:
                 return  # it moved after all
