@@ -30,7 +30,7 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU, in place of the named one's")
     parser.add_argument("--peak-flops", type=float, metavar="X", help="per second and GPU, in place of the named one's")
     parser.add_argument("--mfu", type=float, default=0.4, help="expected share of the peak (%(default)s)")
-    parser.add_argument("--tokens", type=float, metavar="N", help="token budget of each stage, in place of its steps")
+    parser.add_argument("--tokens", type=float, metavar="N", help="length of each stage, in place of its own")
     parser.add_argument("--packs", type=int, default=4000, metavar="N", help="packs to plan per stage (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.set_defaults(run=_run)
