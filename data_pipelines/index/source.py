@@ -135,7 +135,7 @@ class SourceIndex:
         for shard, row in samples:
             if is_remote(self.shards[shard]):
                 members = self.table(shard).index.members(row).values()
-                start = min(member.offset for member in members) - BLOCK
+                start = max(0, min(member.offset for member in members) - BLOCK)  # a line has no header before it
                 end = max(member.offset + member.size for member in members)
                 with suppress(ShardError):  # told when the sample is read
                     ranges.append((self._files.get(self.shards[shard]), start, end - start))

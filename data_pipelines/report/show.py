@@ -88,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
 def show(settings: DataRun, options: argparse.Namespace) -> int:
     """Rebuild the packs that `options` (of `add_show_options`) name, write their page, print its path."""
     wanted = Wanted(options.step, options.rank, options.pack)
+    check_reader(settings)
     check_rank(settings, wanted)
     out = options.out or Path(f"pack-{wanted.pack}" if wanted.step is None else _step_name(wanted))
     sources = open_run(settings, options.processes)
@@ -126,6 +127,19 @@ def find_packs(planner: Planner, settings: DataRun, wanted: Wanted) -> list[Pack
     return packs if wanted.rank is None else packs[wanted.rank :: settings.world]
 
 
+def check_reader(settings: DataRun) -> None:
+    """Refuse data that is read once: its packs followed from what came when, and cannot be planned again.
+
+    Raises:
+        ValueError: with what there is instead.
+    """
+    if settings.data.reader != "index":
+        raise ValueError(
+            f"reader={settings.data.reader}: the packs of streamed shards cannot be rebuilt. The run's ledger names "
+            "the samples that were lost; `qwen2vl-data inspect` shows what the shards hold"
+        )
+
+
 def check_rank(settings: DataRun, wanted: Wanted) -> None:
     """Refuse a rank the run does not have, or one without a step.
 
@@ -146,8 +160,10 @@ def check_course(config: Path, stage: str | None, step: int | None) -> None:
     Raises:
         ValueError: naming the spike; the packs' numbers stand in the stage's files.
     """
-    folder = (config if config.is_dir() else config.parent) / (stage or "")
-    path = folder / "spikes.jsonl"
+    folder = config if config.is_dir() else config.parent
+    if stage is None:  # the only one there is
+        stage = next((path.parent.name for path in folder.glob("*/spikes.jsonl")), "")
+    path = folder / stage / "spikes.jsonl"
     if step is None or not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():

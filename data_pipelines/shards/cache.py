@@ -40,7 +40,8 @@ class BlockCache:
             return None
         try:
             data = os.pread(descriptor, size, offset)
-            os.utime(descriptor)  # read lately: others make room first
+            with suppress(OSError):  # another user's block, or a read-only disk
+                os.utime(descriptor)  # read lately: others make room first
         except OSError:
             return None
         finally:

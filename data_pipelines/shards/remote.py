@@ -77,7 +77,9 @@ class RemoteFile:
         return b"".join(parts[block] for block in self._blocks(offset, size))
 
     def missing_blocks(self, offset: int, size: int) -> list[int]:
-        """The blocks of a range that the cache lacks."""
+        """The blocks of a range that the cache lacks; none where the server gives no ranges."""
+        if not self._ranges:
+            return []
         return [block for block in self._blocks(offset, size) if not self._cache.has(self._block_name(block))]
 
     def fetch_block(self, block: int) -> bytes:

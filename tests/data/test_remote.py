@@ -105,6 +105,16 @@ def test_a_server_without_ranges_is_asked_for_the_whole_once(server, remote):
     assert (faults.requests["GET", "range"], faults.requests["GET", "whole"]) == (1, 1)
 
 
+def test_a_server_without_ranges_is_asked_for_none_ahead(server, remote, tmp_path):
+    address, faults = server
+    faults.ranges = False
+    file = RemoteFile(f"{address}/a.tar", remote)
+    file.read(50_000, 10)
+    shutil.rmtree(tmp_path / "cache")
+    fetch_all([(file, 0, len(DATA))], 4)  # 25 blocks that the cache lacks: each would be the whole file
+    assert faults.requests["GET", "range"] == 1
+
+
 def test_a_server_without_ranges_and_a_shard_over_half_the_cache_is_an_error_with_the_remedy(server, remote, tmp_path):
     address, faults = server
     faults.ranges = False
@@ -212,6 +222,17 @@ def test_the_cache_keeps_its_bound_and_what_was_read_last(tmp_path):
     assert cache.read("b0", 1000, 24) == bytes(24)
     assert cache.read("b1999", 0, 3) == bytes([1999 % 256]) * 3
     assert cache.read("b1999", 1000, 25) is None  # cut: as if absent
+
+
+def test_blocks_of_another_user_are_read(tmp_path, monkeypatch):
+    cache = BlockCache(tmp_path, 64 * 4096)
+    cache.put("b", b"abc")
+
+    def refuse(*_):
+        raise PermissionError("only the owner may touch it")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.read("b", 1, 2) == b"bc"
 
 
 def test_a_cache_that_cannot_be_written_costs_no_read(server, remote, tmp_path):

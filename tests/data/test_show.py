@@ -14,7 +14,7 @@ from data_pipelines.loader import PackLoader, new_planner, open_sources
 from data_pipelines.pack.read import PackReader
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.report.data_run import DataRun
-from data_pipelines.report.show import Wanted, check_course, check_rank, find_packs, load_plan
+from data_pipelines.report.show import Wanted, check_course, check_rank, check_reader, find_packs, load_plan
 
 COST = PackCost(1.0, 0.01, 0.5, 0.001)
 
@@ -134,5 +134,9 @@ def test_wrong_questions_say_what_there_is(tiny, tmp_path):
     check_course(tmp_path, "vision", None)
     with pytest.raises(ValueError, match="from step 9 to 5"):
         check_course(tmp_path, "vision", 6)
+    with pytest.raises(ValueError, match="from step 9 to 5"):
+        check_course(tmp_path / "config.json", None, 6)  # a run of one stage needs no --stage
+    with pytest.raises(ValueError, match="reader=webdataset: the packs of streamed shards cannot be rebuilt"):
+        check_reader(replace(run, data=replace(run.data, reader="webdataset")))
     with pytest.raises(ValueError, match="needs --step"):
         check_rank(run, Wanted(pack=1, rank=0))
