@@ -81,8 +81,8 @@ class SpikeGuard:
             SpikeError: `rollbacks` is over the limit, on every rank alike.
         """
         rows = self._world.gather([{"pack": pack.number, "keys": list(pack.keys)} for pack in packs])
-        everyone = [row for rank_rows in rows for row in rank_rows]
-        line = {**vars(spike), "returned_to": returned_to, "rollbacks": rollbacks, "packs": everyone}
+        by_pack = {row["pack"]: row for rank_rows in rows for row in rank_rows}  # ranks may share one
+        line = {**vars(spike), "returned_to": returned_to, "rollbacks": rollbacks, "packs": list(by_pack.values())}
         self._world.from_main(lambda: self._write(json.dumps(line)))
         if rollbacks > self._config.max_rollbacks:
             raise SpikeError(
