@@ -49,7 +49,9 @@ def read_line(key: str, member: Member, file: ShardFile) -> bytes:
     """
     data = file.read(member.offset, member.size)
     if zlib.crc32(data) != member.crc:
-        raise ShardError(key, "shard_changed", f"{file.name} was changed after it was indexed; restart the run")
+        # A change of some bytes amid a large file leaves its tag as it was: a restart alone might not notice.
+        message = f"{file.name} was changed after it was indexed; delete its index (.index/ beside it) and restart"
+        raise ShardError(key, "shard_changed", message)
     return data
 
 
