@@ -1,8 +1,8 @@
 """Streamed packs from a process of their own, so that reading and counting run beside training.
 
-Enters: what makes a `StreamPlanner`. Leaves: its packs, through a pipe; the process is one pack ahead. Costs a copy of
-each pack's stored bytes. A process that dies is replaced: it reads the shards that were under way again. It ends with
-`close`, and with its parent, however that ends.
+Enters: what makes a `StreamPlanner`. Leaves: its packs, through a pipe; the process is ahead by what the pipe holds
+(64 KB) and one pack. Costs a copy of each pack's stored bytes. A process that dies is replaced: it reads the shards
+that were under way again. It ends with `close`, and with its parent, however that ends.
 """
 
 from __future__ import annotations

@@ -17,9 +17,11 @@ from data_pipelines.samples import Media, MediaRef
 def table(samples, text, truncatable=None):
     """A shard of samples, each a list of (Media, MediaRef)."""
     arrays, meta = index_columns([IndexRow(str(row), "t", {}, media) for row, media in enumerate(samples)])
-    index = ShardIndex(SimpleNamespace(arrays=arrays, meta={**meta, "problems": []}, text=lambda name, row: str(row)))
+    index = ShardIndex(
+        SimpleNamespace(arrays=arrays, meta={**meta, "problems": [], "unlisted": {}}, text=lambda name, row: str(row))
+    )
     cut = np.zeros(len(samples), np.uint8) if truncatable is None else np.array(truncatable, np.uint8)
-    return ShardTable(index, np.array(text, np.int32), cut, ())
+    return ShardTable(index, np.array(text, np.int32), cut, (), {})
 
 
 def random_media(rng):

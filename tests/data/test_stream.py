@@ -363,10 +363,13 @@ def test_a_killed_stream_goes_on_and_is_noted(tiny, many):
     steps = iter(loader)
     found = [*next(steps)]
     os.kill(loader._feed._process.pid, signal.SIGKILL)
+    # the pipe still holds what was packed before: hundreds of packs as small as these
+    while len(found) < 4000 and not any(batch.events for batch in found[-4:]):
+        found += next(steps)
     for _ in range(12):
         found += next(steps)
     loader.close()
-    assert [batch.number for batch in found] == list(range(52))
+    assert [batch.number for batch in found] == list(range(len(found)))
     assert [event.reason for batch in found for event in batch.events] == ["worker_replaced"]
     assert len({key for batch in found for key in batch.keys}) == 24
     assert not children()
