@@ -72,7 +72,7 @@ def test_float32_equals_one_process_in_every_stage_of_zero(tmp_path, ranks):
         torch.testing.assert_close(
             torch.tensor(ours["norms"]), torch.tensor(theirs["norms"]), rtol=1e-5, atol=0, msg=case
         )
-        assert max(theirs["norms"]) > 2 * OPTIM.clip_norm, "clipping must have something to do"
+        assert max(theirs["norms"]) > 1.2 * OPTIM.clip_norm, "clipping must have something to do"
         for name, gradient in theirs["gradients"].items():
             assert relative_error(ours["gradients"][name], gradient) < 1e-5, f"{case}: gradient of {name}"
         for name, weight in theirs["weights"].items():
