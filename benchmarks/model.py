@@ -65,17 +65,7 @@ def special_tokens(config: ModelConfig) -> SpecialTokens:
 
 
 def _with_special_ids(config: ModelConfig) -> ModelConfig:
-    special = special_tokens(config)
-    return ModelConfig(
-        config.vision,
-        config.text,
-        bos_token_id=special.endoftext,
-        eos_token_id=special.im_end,
-        vision_start_token_id=special.vision_start,
-        vision_end_token_id=special.vision_end,
-        image_token_id=special.image_pad,
-        video_token_id=special.video_pad,
-    )
+    return config.with_token_ids(special_tokens(config))
 
 
 def read_documents(name: str, special: SpecialTokens, scale: int) -> list[Encoded]:

@@ -64,6 +64,7 @@ def prepare_data(run: RunConfig, world: World, monitor: Monitor) -> None:
     total = demo.num_pictures + demo.num_clips
 
     def build() -> None:
+        """Make the data under a progress bar."""
         monitor.start_progress("demo data", total)
         try:
             build_demo(
@@ -102,17 +103,7 @@ def model_config(run: RunConfig, tokenizer: TextTokenizer) -> ModelConfig:
             f"model.config.text.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size} entries "
             f"({run.data.tokenizer}); set it to 0 to follow the tokenizer"
         )
-    special = tokenizer.special
-    return replace(
-        config,
-        text=replace(config.text, vocab_size=size),
-        image_token_id=special.image_pad,
-        video_token_id=special.video_pad,
-        vision_start_token_id=special.vision_start,
-        vision_end_token_id=special.vision_end,
-        bos_token_id=special.endoftext,
-        eos_token_id=special.im_end,
-    )
+    return replace(config, text=replace(config.text, vocab_size=size)).with_token_ids(tokenizer.special)
 
 
 def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, monitor: Monitor) -> bool:

@@ -55,6 +55,7 @@ class _Tell(Protocol):
         ...
 
     def summary(self, summary: CheckSummary) -> None:
+        """Print what was found, by reason."""
         """The counts, once."""
         ...
 

@@ -96,6 +96,7 @@ class _Placing:
         self._events = events
 
     def place(self, annotations: Annotations) -> Annotations:
+        """The annotations with their boxes in the picture as displayed; what cannot be placed is left out and told."""
         grounded, captions = [], list(annotations.captions)
         for entry in annotations.grounded:
             placed = ((start, stop, self._boxes("grounded", boxes)) for start, stop, boxes in entry.spans)

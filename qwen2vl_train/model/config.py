@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from data_pipelines.tokenizer import SpecialTokens
 
 NUM_CHANNELS = 3
 
@@ -106,6 +107,18 @@ class ModelConfig:
     vision_token_id: int | None = 151_654
     image_token_id: int = 151_655
     video_token_id: int = 151_656
+
+    def with_token_ids(self, special: SpecialTokens) -> ModelConfig:
+        """The same model for a tokenizer whose special tokens have the ids `special`."""
+        return replace(
+            self,
+            bos_token_id=special.endoftext,
+            eos_token_id=special.im_end,
+            vision_start_token_id=special.vision_start,
+            vision_end_token_id=special.vision_end,
+            image_token_id=special.image_pad,
+            video_token_id=special.video_pad,
+        )
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | Path) -> ModelConfig:

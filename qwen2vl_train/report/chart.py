@@ -116,6 +116,7 @@ class _Plot:
         return marks
 
     def x_axis(self) -> list[Html]:
+        """The axis of steps with its ticks."""
         bottom = HEIGHT - BOTTOM
         marks = [element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom)]
         for tick in linear_scale([self._start, self._end], 8).ticks:

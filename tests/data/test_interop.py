@@ -96,13 +96,7 @@ def bare(tiny, tmp_path_factory):
     config = ModelConfig(
         VisionConfig(2, 32, 2),
         TextConfig(tiny.tokenizer.vocab_size, 64, 96, 2, 4, 2, mrope_section=(2, 3, 3)),
-        image_token_id=special.image_pad,
-        video_token_id=special.video_pad,
-        vision_start_token_id=special.vision_start,
-        vision_end_token_id=special.vision_end,
-        bos_token_id=special.endoftext,
-        eos_token_id=special.im_end,
-    )
+    ).with_token_ids(special)
     model = Qwen2VL(config)
     initialise(model, 0, std=0.1)
     save_hf(model_tensors(model), folder / "model", config, torch.float32)

@@ -30,13 +30,7 @@ def folder(tmp_path_factory):
     config = ModelConfig(
         VisionConfig(1, 32, 2),
         TextConfig(tokenizer.vocab_size, 32, 64, 1, 2, 1, mrope_section=(2, 3, 3), max_position_embeddings=600),
-        bos_token_id=special.endoftext,
-        eos_token_id=special.im_end,
-        vision_start_token_id=special.vision_start,
-        vision_end_token_id=special.vision_end,
-        image_token_id=special.image_pad,
-        video_token_id=special.video_pad,
-    )
+    ).with_token_ids(special)
     model = Qwen2VL(config)
     initialise(model, 0, std=0.3)
     save_hf(model_tensors(model), folder, config, torch.float32)
