@@ -107,6 +107,7 @@ def _train(options: argparse.Namespace) -> int:
     from qwen2vl_train.training.world import end_world, start_world
 
     world = start_world(run.engine.timeout_s)
+    code = 0
     try:
         summary = run_chain(run, settings, world)
         if world.is_main:
@@ -116,12 +117,11 @@ def _train(options: argparse.Namespace) -> int:
         if world.is_main:
             print(order, file=sys.stderr, flush=True)
         world.barrier()
-        end_world()
-        return EXIT_PREEMPTED
+        code = EXIT_PREEMPTED
     except Exception as error:
         exit_after(error, world)
-    end_world()
-    return 0
+    end_world()  # here, where no exception's frames keep the engine in memory
+    return code
 
 
 def _evaluate(options: argparse.Namespace) -> int:

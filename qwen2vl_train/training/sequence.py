@@ -88,6 +88,12 @@ class SequenceGroup:
         slices: list[PackSlice] = received[0]
         return [part.pin_memory() for part in slices] if self.pin_memory else slices
 
+    def close(self) -> None:
+        """Leave the groups, so that the next stage can form its own. Collective."""
+        for group in (self.devices, self.hosts):
+            if group is not None:
+                dist.destroy_process_group(group)
+
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Rows to and from the ranks of the group, see `model.sharing.Exchange`. Collective, its gradient too."""
         received: Tensor = _Exchange.apply(rows, list(send), list(receive), self.devices)  # type: ignore[no-untyped-call]

@@ -93,6 +93,9 @@ class Trainer:
         progress = self._resume(store, engine, loader)
         try:
             progress = self._train(engine, loader, store, progress)
+        except Preempted:
+            engine.close()
+            raise
         finally:
             self._monitor.stop_progress()
             loader.close()
@@ -101,6 +104,7 @@ class Trainer:
             self._folder / "export", getattr(torch, run.export_dtype), self._world,
         )  # fmt: skip
         engine.close()
+        self._sequence.close()
         return progress
 
     def _train(self, engine: Engine, loader: Loader, store: CheckpointStore, progress: Progress) -> Progress:

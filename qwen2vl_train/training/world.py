@@ -6,6 +6,7 @@ becomes a world of one.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -96,9 +97,14 @@ def connect_store(prefix: str) -> Store:
 
 
 def end_world() -> None:
-    """Leave the group. Without it, about one run in four aborts at interpreter exit (measured with gloo)."""
+    """Leave the group, whose threads end with the last reference to it: to be called when engines are closed and gone.
+
+    A gloo thread that still holds a tensor when the interpreter ends aborts the process: without this, about one run in
+    four did (measured).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def _free_port() -> int:

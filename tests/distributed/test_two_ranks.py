@@ -54,10 +54,11 @@ def one_process(trainable: str) -> dict:
 @pytest.mark.distributed
 @pytest.mark.parametrize("trainable", ["vit,merger", "vit,merger,llm", "llm"], ids=["stage 1", "stage 2", "stage 3"])
 def test_two_ranks_under_zero3_equal_one_process(tmp_path, trainable):
-    """Rank 0 sees text alone and clips, rank 1 stills and packs without a label."""
+    """Rank 0 sees text alone and clips, rank 1 stills and packs without a label; nothing outlives the closed engine."""
     out = tmp_path / "two.pt"
     finished = torchrun(2, str(out), "3", trainable, str(STEPS), str(PACKS))
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.splitlines().count("left behind: []") == 2, finished.stdout[-3000:]
     two, one = torch.load(out), one_process(trainable)
     # float32 sums in another order: 1e-6 relative is a few units in the last place
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=2e-6, atol=0)

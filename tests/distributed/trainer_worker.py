@@ -212,18 +212,17 @@ def main() -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     monitor = Monitor(run_dir, run.monitor, {}, active=world.is_main)
     init = Path(options["init"]) if "init" in options else None
+    code = 0
     try:
         Trainer(run, "main", init, run.model.config, world, monitor, run.resume).fit()
     except Preempted as order:
         print(order, file=sys.stderr)
-        world.barrier()
-        end_world()
-        return EXIT_PREEMPTED
+        code = EXIT_PREEMPTED
     except Exception as error:
         exit_after(error, world)
     world.barrier()
     end_world()
-    return 0
+    return code
 
 
 if __name__ == "__main__":
