@@ -31,9 +31,11 @@ DIETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 MEDIA = MediaConfig(max_pixels=4096 * 784)
 
 
-def new_planner(num_samples: int, packing: str = "pool") -> Planner:
+def new_planner(num_samples: int, cost: PackCost | None = None) -> Planner:
+    """A planner of the mixed lengths; with a cost, its packs are made to cost alike."""
     sources, weights = mixed_sources(num_samples)
-    return Planner(sources, [Phase(0, tuple(weights))], MEDIA, PlanConfig(packing=packing), seed=0)
+    plan = PlanConfig(packing="balanced" if cost else "pool")
+    return Planner(sources, [Phase(0, tuple(weights))], MEDIA, plan, seed=0, cost=cost)
 
 
 def planner_us_per_sample(num_samples: int, count: int = 40_000) -> float:
@@ -136,13 +138,17 @@ def resume(num_samples: int) -> tuple[float, int]:
 
 
 def imbalances(cost: PackCost, ranks: int = 256, steps: int = 4) -> dict[str, float]:
-    """Slowest over mean at 256 ranks by accumulation; "plain 1": in plan order; "balanced 1": packs made to a cost."""
-    planner, found = new_planner(10**7), {}
+    """Slowest over mean at 256 ranks by accumulation.
+
+    "plain 4": in plan order; "sorted 4": the same packs ordered by cost; "balanced 4": packs made to a cost, ordered.
+    """
+    planner, balanced, found = new_planner(10**7), new_planner(10**7, cost), {}
     for accumulation in (1, 4, 8, 16):
-        values: dict[str, list[float]] = {"plain": [], "sorted": []}
+        values: dict[str, list[float]] = {"plain": [], "sorted": [], "balanced": []}
         for _ in range(max(1, steps // accumulation)):
-            packs = [planner.next_pack() for _ in range(ranks * accumulation)]
-            for name, ordered in (("plain", packs), ("sorted", order_by_cost(packs, cost))):
+            packs, alike = ([make.next_pack() for _ in range(ranks * accumulation)] for make in (planner, balanced))
+            ways = {"plain": packs, "sorted": order_by_cost(packs, cost), "balanced": order_by_cost(alike, cost)}
+            for name, ordered in ways.items():
                 costs = np.array([cost.pack(pack) for pack in ordered]).reshape(accumulation, ranks)
                 values[name].append(imbalance(costs))
         found |= {f"{name} {accumulation}": statistics.mean(list_) for name, list_ in values.items()}

@@ -7,7 +7,9 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from data_pipelines.sources.bpe import train_bpe
 from qwen2vl_train.training.checkpoint import fault_of
 from tests.distributed.launch import metrics, start_training, train, wait_for_step, workers_of
 
@@ -164,6 +166,30 @@ def test_killed_ranks_lose_nothing_beyond_the_last_checkpoint(tmp_path, asynchro
     last = train(2, tmp_path / "killed", **options)
     assert last.returncode == 0, last.stderr[-3000:]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_kill_during_the_export_leaves_no_half_one_and_the_next_start_writes_it(tmp_path):
+    train_bpe(["a word or two"], tmp_path / "tokenizer", vocab_size=300)
+    options = {"steps": 4, "packs": 4, "every": 4, "tokenizer": str(tmp_path / "tokenizer")}
+    assert train(2, tmp_path / "whole", tensor_s=0, **options).returncode == 0
+    folder = tmp_path / "killed"
+    process = start_training(2, folder, tensor_s=0.3, **options)
+    aside = folder / "main" / ".writing-export"
+    deadline = time.monotonic() + 200
+    while not aside.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for rank in workers_of(process):
+        rank.kill()
+    assert process.wait(120) != 0
+    assert aside.exists()
+    assert not (folder / "main" / "export").exists()
+    again = train(2, folder, tensor_s=0, **options)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "after step 4" in again.stdout
+    assert not aside.exists()
+    whole, exported = (load_file(run / "main" / "export" / "model.safetensors") for run in (tmp_path / "whole", folder))
+    assert whole.keys() == exported.keys()
+    assert all(torch.equal(whole[name], exported[name]) for name in whole)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the option
     steps, packs, every, keep, keep_every, min_free_gb, resume, optimizer, zero_stage, precision, trainable, tied, clip
     compile, asynchronous, sequence_parallel          write_delay_s: before a checkpoint's first file is written
     takes_bytes: what the engine says that a checkpoint takes
+    tokenizer: a folder; with it the model is exported as by a run, `tensor_s` seconds for each tensor
     mix: true draws each pack's kinds at random       step_s: seconds that each step sleeps
     tokens: the stage's length in them, for steps     warmup_tokens, schedule
     bad_packs: {number: "loss" | "gradient" | "spike"}   guard, watchdog: fields of their configurations
@@ -164,7 +165,7 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
         chain=("main",),
         stages={"main": stage},
         model=ModelSettings(model_config(options.get("tied", True)), compile=options.get("compile", "none")),
-        data=DataSettings("", ""),
+        data=DataSettings("", options.get("tokenizer", "")),
         engine=engine,
         checkpoint=CheckpointConfig(
             options.get("every", 0),
@@ -181,6 +182,13 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
     )
 
 
+def slowly(tensors, pause_s: float):
+    """Each of `tensors`, after a pause."""
+    for tensor in tensors:
+        time.sleep(pause_s)
+        yield tensor
+
+
 def main() -> int:
     run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
@@ -188,7 +196,8 @@ def main() -> int:
     world = start_world(run.engine.timeout_s)
     HandMadeLoader.options = options
     trainer_module.PackLoader = HandMadeLoader
-    trainer_module.TextTokenizer = lambda path: None
+    if "tokenizer" not in options:
+        trainer_module.TextTokenizer = lambda path: None
     Qwen2VL.forward = faulty_forward(options, world, run.stages["main"].packs_per_step)
 
     if "takes_bytes" in options:
@@ -202,7 +211,12 @@ def main() -> int:
 
         CheckpointStore._write_mine = write_late
 
+    export_model = trainer_module.export_model
+
     def export(tensors, *arguments) -> None:
+        if "tokenizer" in options:
+            export_model(slowly(tensors, options["tensor_s"]), *arguments)
+            return
         weights = dict(tensors)
         if world.is_main:
             torch.save(weights, run_dir / "weights.pt")
