@@ -4,8 +4,8 @@
 
 The side files are written by the index's own writer, for shards whose tars are empty: captions of one picture each,
 sizes and keys from a seed. "Opened" is what a run does before its first pack is planned, in a process of its own. Then
-workers are forked, walk every column of every shard, and wait; the growth of each since its fork is read from
-/proc/PID/smaps_rollup, with all of them alive. The last line is JSON.
+workers are forked and walk every column, first of one shard, then of all; by what each grew in between is read from
+/proc/PID/smaps, with all of them alive. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data_pipelines.config import DataConfig, SourceConfig
-from data_pipelines.index.build import Counting, write_side_files
-from data_pipelines.index.samples import IndexRow, index_columns
+from data_pipelines.index.build import Counting, keep_side_file
+from data_pipelines.index.samples import IndexRow, ShardIndex, index_columns
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.loader import new_planner, open_sources
 from data_pipelines.samples import Media, MediaRef
@@ -33,8 +33,9 @@ from data_pipelines.shards.tar import Member
 from data_pipelines.sources.bpe import train_bpe
 from data_pipelines.tokenizer import TextTokenizer
 
+T = TypeVar("T")
 FORK = multiprocessing.get_context("fork")
-FIELDS = ("Pss", "Private_Clean", "Private_Dirty", "Anonymous")
+FIELDS = ("Private", "Pss", "index Rss", "index Pss", "index Private")
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
         grown = in_a_process(lambda: growth_of_workers(config, tokenizer, args.workers))
     for field in FIELDS:
         print(f"{field:14}" + "  ".join(f"{worker[field] / 1024:9.0f} KiB" for worker in grown))
-    private = [worker["Private_Clean"] + worker["Private_Dirty"] for worker in grown]
+    each = {field: round(statistics.mean(worker[field] for worker in grown)) for field in FIELDS}
     summary = {
         "samples": args.samples,
         "shards": args.shards,
@@ -67,22 +68,108 @@ def main() -> None:
         "open_first_ms": round(first[0], 1),
         "open_ms": round(statistics.median(ms for ms, _ in later), 1),
         "first_pack_ms": round(statistics.median(ms for _, ms in later), 1),
-        "private_bytes_per_worker": round(statistics.mean(private)),
-        "pss_bytes_per_worker": round(statistics.mean(worker["Pss"] for worker in grown)),
+        "private_bytes_per_worker": each["Private"],
+        "pss_bytes_per_worker": each["Pss"],
+        "private_index_bytes_per_worker": each["index Private"],
     }
     print(json.dumps(summary))
 
 
 def write_index(folder: Path, counting: Counting, num_samples: int, num_shards: int) -> int:
-    """Shards without content, and the side files of `num_samples` captions; returns the bytes of these."""
+    """Tars without members, and the side files of `num_samples` captions; returns the bytes of these."""
     rng = np.random.default_rng(0)
     each = num_samples // num_shards
+    nothing = {"problems": [], "unlisted": {}}
     for number in range(num_shards):
         path = folder / f"s-{number:05d}.tar"
         path.write_bytes(number.to_bytes(512, "little") + bytes(9728))
-        arrays, meta = index_columns(rows_of(number, each, rng))
-        text = {"tokens": rng.integers(8, 200, each).astype(np.int32), "truncatable": np.zeros(each, np.uint8)}
-        with_file = open_shard(str(path))
-        write_side_files(with_file, counting, (arrays, meta), (text, {}))
-        with_file.close()
+        file = open_shard(str(path))
+        arrays, meta = index_columns(captions(number, each, rng))
+        index = ShardIndex(keep_side_file(file, "index", {}, (arrays, meta | nothing)))
+        text = {"tokens": rng.integers(8, 200, each, np.int32), "truncatable": np.zeros(each, np.uint8)}
+        keep_side_file(file, f"text-{counting.name}", {"rows": index.fingerprint}, (text, nothing))
+        file.close()
     return sum(path.stat().st_size for path in (folder / ".index").iterdir())
+
+
+def captions(shard: int, count: int, rng: np.random.Generator) -> list[IndexRow]:
+    """Samples of a record and a picture each, as a scan would find them."""
+    rows = []
+    for row, (width, height) in enumerate(rng.integers(100, 3000, (count, 2)).tolist()):
+        members = {"json": Member(row << 18, 200, row), "0.jpg": Member((row << 18) + 1024, 200_000, row)}
+        media = [(Media("0.jpg", "image", width, height), MediaRef("0.jpg"))]
+        rows.append(IndexRow(f"simulated/{shard:05d}/{row:06d}", "caption", members, media))
+    return rows
+
+
+def time_to_open(config: DataConfig, tokenizer: TextTokenizer) -> tuple[float, float]:
+    """Milliseconds until the sources are open and identified, and from there to the first planned pack."""
+    start = time.perf_counter()
+    sources = open_sources(config, tokenizer)
+    _ = [source.fingerprint for source in sources]
+    opened = time.perf_counter()
+    new_planner(config, sources, seed=0).next_pack()
+    return (opened - start) * 1e3, (time.perf_counter() - opened) * 1e3
+
+
+def growth_of_workers(config: DataConfig, tokenizer: TextTokenizer, count: int) -> list[dict[str, int]]:
+    """Bytes by which each of `count` forked workers grew from one shard walked to all, all of them alive."""
+    sources = open_sources(config, tokenizer)
+    barrier = FORK.Barrier(count + 1)
+    workers = [FORK.Process(target=walk, args=(sources, barrier), daemon=True) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    before = [memory_of(worker.pid) for worker in workers]
+    barrier.wait()
+    barrier.wait()
+    after = [memory_of(worker.pid) for worker in workers]
+    barrier.wait()
+    for worker in workers:
+        worker.join()
+    return [{name: now[name] - then[name] for name in FIELDS} for then, now in zip(before, after, strict=True)]
+
+
+def walk(sources: list[SourceIndex], barrier: Any) -> None:
+    """A worker's life: touch every column of one shard, be measured, then those of all shards, be measured again.
+
+    What one shard costs, the program itself does: a worker copies the pages whose objects it counts references of.
+    """
+    for first_only in (True, False):
+        for source in sources:
+            for shard in range(1 if first_only else source.num_shards):
+                table = source.table(shard)
+                for array in (*table.index.arrays.values(), table.text_tokens, table.truncatable):
+                    array.max(initial=0)
+        barrier.wait()
+        barrier.wait()
+
+
+def memory_of(pid: int | None) -> dict[str, int]:
+    """Bytes of a process by /proc/PID/smaps: all that is its own, its share of all, and the same of mapped indices."""
+    found, index = dict.fromkeys(FIELDS, 0), False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):  # the head of a mapping, with its file
+            index = "/.index/" in line
+            continue
+        field = "Private" if name in ("Private_Clean:", "Private_Dirty:") else name[:-1]
+        for key in (field, f"index {field}") if index else (field,):
+            if key in found:
+                found[key] += int(rest[0]) * 1024
+    return found
+
+
+def in_a_process(work: Callable[[], T]) -> T:
+    """The result of `work` in a process of its own: nothing is open or cached there."""
+    ours, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=lambda: theirs.send(work()))
+    process.start()
+    theirs.close()
+    result: T = ours.recv()
+    process.join()
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -66,13 +66,9 @@ def new_planner(config: DataConfig, sources: list[SourceIndex], seed: int, cost:
 
 def _check_error_rate(source: SourceIndex, limit: float) -> None:
     """Refuse a source (of 100 samples or more) whose index left out more than `limit` of them."""
-    left_out: Counter[str] = Counter()
-    kept = 0
-    for shard in range(source.num_shards):
-        table = source.table(shard)
-        kept += int((table.text_tokens >= 0).sum())
-        left_out.update(reason for _, reason, _ in table.problems if reason not in LOSSLESS)
-        left_out.update({reason: count for reason, count in table.unlisted.items() if reason not in LOSSLESS})
+    counts = source.counts()
+    kept = counts.usable
+    left_out = Counter({reason: n for reason, n in counts.left_out.items() if reason not in LOSSLESS})
     lost = left_out.total()
     if lost + kept >= 100 and lost > limit * (lost + kept):
         reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.most_common(5))

@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -31,10 +31,12 @@ from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.chat import is_truncatable, tokenize_record
 from data_pipelines.errors import DataError, ShardError
 from data_pipelines.index.layout import measure_sample, read_sample, scan_shard
+from data_pipelines.index.places import side_places
 from data_pipelines.index.read import media_refs
+from data_pipelines.index.roll import Roll
 from data_pipelines.index.samples import FORMAT, IndexRow, ShardIndex, index_columns
 from data_pipelines.index.table import Array, ColumnError, Columns, write_columns, write_whole
-from data_pipelines.shards.names import is_remote, public_name, split_name
+from data_pipelines.shards.names import is_remote
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, open_shard, read_beside
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ Built = tuple[dict[str, Array], dict[str, Any]]
 
 PARALLEL_FROM_BYTES = 256 << 20
 MAX_LISTED_PROBLEMS = 1000
-SPARE_CACHE = Path("~/.cache/qwen2vl-train/index")
 _COUNTED_BY = ("decode/*.py", "encode/chat.py", "encode/boxes.py", "index/read.py", "index/lines.py", "tokenizer.py")
 
 
@@ -106,6 +107,9 @@ def build_missing(
     Raises:
         ShardError: a shard cannot be read; the others are finished first.
     """
+    if counting is not None:
+        known = Roll(shards, counting.name).known
+        shards = [shard for shard in shards if shard not in known]
     # Threads, because a remote shard takes several requests to look at; local ones are done in the same breath.
     with ThreadPoolExecutor(remote.max_requests if any(map(is_remote, shards)) else 1) as pool:
         sizes = list(pool.map(lambda shard: _stale_bytes(shard, counting, remote), shards))
@@ -214,25 +218,19 @@ def _opened(shard: str, remote: RemoteConfig) -> Iterator[ShardFile]:
         file.close()
 
 
-def _places(shard: str, kind: str) -> list[Path]:
-    """Where a side file may lie: beside the shard, or in the cache of this user; of a remote shard only there."""
-    shard, root = split_name(shard)
-    if root:  # the same lines with media in another folder have an index of their own
-        kind = f"{hashlib.blake2b(root.encode(), digest_size=4).hexdigest()}.{kind}"
-    where = public_name(shard) if is_remote(shard) else str(Path(shard).resolve())
-    name = f"{os.path.basename(where)}.{kind}"
-    digest = hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
-    spare = SPARE_CACHE.expanduser() / f"{digest}-{name}"
-    return [spare] if is_remote(shard) else [Path(where).parent / ".index" / name, spare]
-
-
 def _load_or_build(file: ShardFile, kind: str, facts: dict[str, Any], build: Callable[[], Built]) -> Columns:
-    identity = {"format": FORMAT, "size": file.size, "tag": file.tag(), **facts}
+    identity = {**_identity(file), **facts}
     fresh = _find(file.name, kind, identity) or _find_published(file, kind, identity)
     if fresh is not None:
         return fresh
-    arrays, meta = build()
-    *beside, spare = _places(file.name, kind)
+    return keep_side_file(file, kind, facts, build())
+
+
+def keep_side_file(file: ShardFile, kind: str, facts: Mapping[str, Any], built: Built) -> Columns:
+    """Write what was built where it belongs, with what says which content and `facts` it belongs to."""
+    identity = {**_identity(file), **facts}
+    arrays, meta = built
+    *beside, spare = side_places(file.name, kind)
     for path in beside:
         with suppress(OSError):  # a read-only data set
             write_columns(path, arrays, {**meta, **identity})
@@ -241,9 +239,14 @@ def _load_or_build(file: ShardFile, kind: str, facts: dict[str, Any], build: Cal
     return Columns(spare)
 
 
+def _identity(file: ShardFile) -> dict[str, Any]:
+    """What says that a side file belongs to this content."""
+    return {"format": FORMAT, "size": file.size, "tag": file.tag()}
+
+
 def _find(shard: str, kind: str, identity: dict[str, Any]) -> Columns | None:
     """A side file that belongs to exactly this content, or None."""
-    for path in _places(shard, kind):
+    for path in side_places(shard, kind):
         try:
             columns = Columns(path)
         except ColumnError:
@@ -260,7 +263,7 @@ def _find_published(file: ShardFile, kind: str, identity: dict[str, Any]) -> Col
     data = read_beside(file, f".index/{os.path.basename(file.name)}.{kind}")
     if data is None:
         return None
-    (path,) = _places(file.name, kind)
+    (path,) = side_places(file.name, kind)
     write_whole(path, data)
     return _find(file.name, kind, identity)
 
@@ -269,7 +272,7 @@ def _stale_bytes(shard: str, counting: Counting | None, remote: RemoteConfig) ->
     """The size of a shard whose side files are absent or stale; None: they are fresh; 0: it cannot be read."""
     try:
         with _opened(shard, remote) as file:
-            identity = {"format": FORMAT, "size": file.size, "tag": file.tag()}
+            identity = _identity(file)
             index = _find(shard, "index", identity)
             if index is None or counting is None:
                 return file.size if index is None else None
@@ -285,7 +288,7 @@ def _lock(shard: str, wait: bool) -> Iterator[bool]:
 
     The lock saves work, rename gives safety: where a file system has no locks, both build and write the same bytes.
     """
-    for path in _places(shard, "lock"):
+    for path in side_places(shard, "lock"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -9,7 +9,6 @@ share the pages. A file that is cut or of another format is refused, never half 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.numpy import save
 
 Array = npt.NDArray[Any]
@@ -34,15 +34,20 @@ class Columns:
 
     def __init__(self, path: Path) -> None:
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 10:
-                    raise ColumnError(f"{path}: {size} bytes")
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = path.stat().st_size
         except OSError as error:
             raise ColumnError(f"{path}: {error.strerror}") from error
+        if size < 10:
+            raise ColumnError(f"{path}: {size} bytes")
+        try:
+            # Unlike Python's `mmap` this keeps no descriptor, of which a process has 1,024 as a rule.
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ColumnError(f"{path}: {error}") from error
+        data = mapped.numpy()
+        data.flags.writeable = False
         self.path = path
-        self.arrays, self.meta = _parse(path, data)
+        self.arrays, self.meta = _parse(path, memoryview(data))
 
     def text(self, name: str, row: int) -> str:
         """Row `row` of the string column `name` (arrays `name`_bytes and `name`_ends)."""
@@ -51,12 +56,12 @@ class Columns:
         return bytes(self.arrays[f"{name}_bytes"][start : int(ends[row])]).decode("utf-8")
 
 
-def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Array], dict[str, Any]]:
+def _parse(path: Path, data: memoryview) -> tuple[dict[str, Array], dict[str, Any]]:
     length = int.from_bytes(data[:8], "little")
     if length > min(_MAX_HEADER, len(data) - 8):
         raise ColumnError(f"{path}: header of {length} bytes in a file of {len(data)}")
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(bytes(data[8 : 8 + length]))
         meta = json.loads(header.pop("__metadata__")["index"])
         arrays = {}
         for name, entry in header.items():

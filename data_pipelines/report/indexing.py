@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
     media = MediaConfig(max_pixels=options.max_pixels, min_pixels=min(MediaConfig.min_pixels, options.max_pixels))
     plan = PlanConfig(max_tokens=options.max_tokens, max_patches=options.max_patches)
     survey = survey_shards(shards, counting, media, plan)
+    if counting is not None:
+        SourceIndex("index", shards, counting).counts()  # puts them on the roll: a run opens them at once
     _print(survey, plan)
     return 1 if options.strict and survey.problems else 0
 

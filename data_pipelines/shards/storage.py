@@ -110,7 +110,7 @@ def fetch_ranges(ranges: Sequence[tuple[ShardFile, int, int]], remote: RemoteCon
 class OpenShards:
     """At most `limit` shards kept open, the least recently used closed first. Not shared between threads."""
 
-    def __init__(self, limit: int = 64, remote: RemoteConfig = REMOTE_DEFAULTS) -> None:
+    def __init__(self, limit: int = 32, remote: RemoteConfig = REMOTE_DEFAULTS) -> None:
         self._limit, self._remote = limit, remote
         self._open: OrderedDict[str, ShardFile] = OrderedDict()
 

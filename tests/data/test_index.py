@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.errors import MediaError, ShardError
-from data_pipelines.index import build
+from data_pipelines.index import build, places
 from data_pipelines.index.build import Counting, build_missing, load_index
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.index.table import ColumnError, Columns, text_column, write_columns
@@ -181,7 +181,7 @@ def test_a_shard_replaced_under_a_running_reader_is_noticed(source, tmp_path):
 
 
 def test_a_read_only_folder_uses_the_cache(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "SPARE_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(places, "SPARE_CACHE", tmp_path / "cache")
     (tmp_path / ".index").write_text("a file where the folder should be")
     assert source.table(0).index.num_samples == 2
     assert sorted(path.name.split("-", 1)[1].split(".tar.")[1][:5] for path in (tmp_path / "cache").iterdir()) == [

@@ -17,7 +17,7 @@ from test_loader import fingerprint
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
-from data_pipelines.index import build
+from data_pipelines.index import places
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.report.check_shard import Finding
@@ -38,7 +38,7 @@ def remote(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "SPARE_CACHE", tmp_path / "index")
+    monkeypatch.setattr(places, "SPARE_CACHE", tmp_path / "index")
     monkeypatch.setenv("no_proxy", "*")
     (tmp_path / "www").mkdir()
     (tmp_path / "www" / "a.tar").write_bytes(DATA)
@@ -323,7 +323,7 @@ def test_a_server_that_dies_costs_the_samples_it_had(tiny, server, remote, tmp_p
 
 def test_sources_in_other_stores_are_read_through_their_plugin(tiny, remote, tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
-    monkeypatch.setattr(build, "SPARE_CACHE", tmp_path / "index")
+    monkeypatch.setattr(places, "SPARE_CACHE", tmp_path / "index")
     # "file" stands for a store that only its plugin knows: local:// is fsspec's other name for it
     path = Path(shutil.copy(next(tiny.folder.glob("texts-00000.tar")), tmp_path))
     file = open_shard(f"local://{path}", remote)

@@ -1,0 +1,119 @@
+"""The roll of a folder: what its shards' side files count, in one file, so that a run opens thousands at once.
+
+Enters: shards, and the name of what counts their text. Leaves: the counts of those on the roll whose file has kept its
+size and times. Costs 5 µs a shard; looking into its side files takes 0.8 ms.
+
+The roll decides nothing. A shard that is not on it, or was touched since, is judged by size and content as ever, and so
+is every shard when its samples are needed. It lies in `.index/` with the side files: who removes these removes it, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.index.places import side_places
+from data_pipelines.index.table import write_whole
+from data_pipelines.shards.names import file_of, is_remote, split_name
+
+_FORMAT = 1
+# Size, time of the last change of the content and of the file: what a copy or a new file has otherwise.
+Stamp = list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Samples of shards: `num_samples` in the index, `usable` ones among them, and those `left_out`, by reason."""
+
+    num_samples: int
+    usable: int
+    left_out: Counter[str]
+
+    @staticmethod
+    def sum(parts: Iterable[Counts]) -> Counts:
+        """The counts of all parts together."""
+        num_samples, usable, left_out = 0, 0, Counter[str]()
+        for part in parts:
+            num_samples, usable = num_samples + part.num_samples, usable + part.usable
+            left_out.update(part.left_out)
+        return Counts(num_samples, usable, left_out)
+
+
+class Roll:
+    """The counts of those of `shards` that are `known` and unchanged; remote ones never are.
+
+    `name` distinguishes what counts text; see `build.Counting.name`.
+    """
+
+    def __init__(self, shards: Sequence[str], name: str) -> None:
+        self.known: dict[str, Counts] = {}
+        self._name = name
+        # Taken before anything is counted: a shard that is replaced meanwhile is not taken for the one counted.
+        self._stamps = {shard: stamp for shard in shards if (stamp := _stamp(shard)) is not None}
+        self._folders: dict[str, list[str]] = defaultdict(list)
+        for shard in self._stamps:
+            self._folders[os.path.dirname(file_of(shard))].append(shard)
+        for folder, mine in self._folders.items():
+            for path in self._places(folder):
+                entries = _load(path)
+                for shard in mine:
+                    entry = entries.get(_name(shard))
+                    if entry is not None and entry["stamp"] == self._stamps[shard]:
+                        self.known[shard] = Counts(entry["samples"], entry["usable"], Counter(entry["left_out"]))
+
+    def add(self, counted: Mapping[str, Counts]) -> None:
+        """Put what was counted on the rolls of its folders.
+
+        What others put there at the same time may get lost, and is counted again: the roll saves work, nothing else.
+        """
+        for folder, mine in self._folders.items():
+            new = {
+                _name(shard): {
+                    "stamp": self._stamps[shard],
+                    "samples": counted[shard].num_samples,
+                    "usable": counted[shard].usable,
+                    "left_out": counted[shard].left_out,
+                }
+                for shard in mine
+                if shard in counted
+            }
+            for path in self._places(folder) if new else ():
+                with suppress(OSError):  # a read-only data set
+                    content = {"format": _FORMAT, "shards": {**_load(path), **new}}
+                    write_whole(path, json.dumps(content, separators=(",", ":")).encode())
+                    break
+
+    def _places(self, folder: str) -> list[Path]:
+        return side_places(os.path.join(folder, "shards"), f"roll-{self._name}")
+
+
+def _name(shard: str) -> str:
+    """A shard in its folder; the same lines with media in another folder are another shard."""
+    path, root = split_name(shard)
+    return os.path.basename(path) + root
+
+
+def _stamp(shard: str) -> Stamp | None:
+    if is_remote(shard):
+        return None
+    try:
+        facts = os.stat(file_of(shard))
+    except OSError:
+        return None
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The entries of a roll; none of one that is absent, cut, or of another format."""
+    try:
+        content = json.loads(path.read_bytes())
+        entries: dict[str, Any] = content["shards"] if content["format"] == _FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return entries
