@@ -47,7 +47,7 @@ class Columns:
         data = mapped.numpy()
         data.flags.writeable = False
         self.path = path
-        self.arrays, self.meta = _parse(path, memoryview(data))
+        self.arrays, self.meta = _parse(path, data.data)
 
     def text(self, name: str, row: int) -> str:
         """Row `row` of the string column `name` (arrays `name`_bytes and `name`_ends)."""
