@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import cache
 from typing import Any, TypeVar
@@ -104,12 +104,23 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _status(error: BaseException | None) -> int | None:
+    """The server's answer as aiohttp and botocore keep it, also behind what a plugin made of it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        metadata = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
+        status = getattr(error, "status", metadata.get("HTTPStatusCode"))
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
 def _is_passing(error: BaseException) -> bool:
-    cause = _cause(error)
-    status = getattr(cause, "status", None)
-    if isinstance(status, int):
+    status = _status(error)
+    if status is not None:
         return status in _PASSING or status >= 500
-    return not isinstance(cause, _LASTING)
+    return not isinstance(_cause(error), _LASTING)
 
 
 def _explain(error: BaseException) -> str:
@@ -127,6 +138,7 @@ def list_urls(pattern: str, config: RemoteConfig) -> list[str]:
         ShardError: the folder cannot be listed.
     """
     files, path = filesystem_of(pattern, config)
+    files.invalidate_cache()  # plugins keep listings: this one is to be as of now
     found = attempt(
         lambda: files.glob(path),
         config,
