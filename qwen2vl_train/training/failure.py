@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store
 
-from qwen2vl_train.training.world import World, connect_store
+from qwen2vl_train.training.world import World
 
 _CONSEQUENCE = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|socket timeout|nccl.*(abort|remote|unhandled)|"
@@ -47,7 +47,7 @@ def exit_after(error: Exception, world: World) -> NoReturn:
     is_consequence = isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(str(error)))
     # before the others can learn of it and end: torchrun looks for it as soon as one has
     _leave_for_torchrun(f"{trace}{_plainly(own)}", own["time_s"])
-    first = _first_cause(own, wait_only=is_consequence) or own
+    first = _first_cause(own, world, wait_only=is_consequence) or own
     if first["rank"] == world.rank:
         print(f"{trace}\n{_plainly(own)}", file=sys.stderr)
     elif first["message"] != own["message"]:  # not the one mistake that all ranks find
@@ -92,10 +92,10 @@ def _leave_for_torchrun(text: str, time_s: float) -> None:
             os.replace(f"{path}.writing", path)  # torchrun may read it at any moment
 
 
-def _first_cause(own: dict[str, Any], wait_only: bool) -> dict[str, Any] | None:
+def _first_cause(own: dict[str, Any], world: World, wait_only: bool) -> dict[str, Any] | None:
     """Claim the first place for `own`, or, when it is only a consequence, wait a little for whoever claims it."""
     try:
-        store = connect_store(FAILURE_PREFIX)
+        store = world.connect_store(FAILURE_PREFIX)
         deadline = time.monotonic() + _WAIT_S
         while wait_only and not store.check([FAILURE_KEY]):
             if time.monotonic() > deadline:

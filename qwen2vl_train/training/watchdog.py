@@ -41,7 +41,7 @@ from qwen2vl_train.training.failure import (
     read_first_cause,
 )
 from qwen2vl_train.training.stopping import EXIT_STALLED
-from qwen2vl_train.training.world import World, connect_store
+from qwen2vl_train.training.world import World
 
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/")
 _PATIENCE_TICKS = 3
@@ -91,7 +91,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._config.stall_s > 0:
-            self._notes = connect_store("watchdog")
+            self._notes = self._world.connect_store("watchdog")
             self.note("starting the loop")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -129,7 +129,7 @@ class Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         stacks = (self._folder / f"stacks-rank{self._world.rank}.txt").open("w")
         try:
-            store, failures = connect_store("watchdog"), connect_store(FAILURE_PREFIX)
+            store, failures = self._world.connect_store("watchdog"), self._world.connect_store(FAILURE_PREFIX)
             while not self._ended.wait(self._tick_s):
                 first = self._ask(lambda: read_first_cause(failures))
                 if first is not None and not self._ended.wait(_FAILURE_GRACE_S):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +24,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`: its `rank`, its `local_rank` on the node, its device."""
+    """This process among `size`: its `rank`, its `local_rank` on the node, its device; `start` names this start.
+
+    torchrun's own count of restarts does not: a node whose torchrun was started again counts from 0.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    start: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +71,15 @@ class World:
             raise value
         return value  # type: ignore[no-any-return]
 
+    def connect_store(self, prefix: str) -> Store:
+        """A connection of its own to the rendezvous store, for another thread than the main one.
+
+        Keys of an earlier start under `torchrun --max-restarts` are not seen.
+        """
+        port = int(os.environ["MASTER_PORT"])
+        store = TCPStore(os.environ["MASTER_ADDR"], port, timeout=timedelta(seconds=20), wait_for_workers=False)
+        return PrefixStore(f"qwen2vl/{self.start}/{prefix}", store)
+
 
 def start_world(timeout_s: float) -> World:
     """Join the process group (NCCL on CUDA, gloo on CPU) and say which device is this rank's.
@@ -81,19 +95,9 @@ def start_world(timeout_s: float) -> World:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
-
-
-def connect_store(prefix: str) -> Store:
-    """A connection of its own to the rendezvous store, for another thread than the main one.
-
-    Keys of an earlier start under `torchrun --max-restarts` are not seen.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=20), wait_for_workers=False
-    )
-    return PrefixStore(f"qwen2vl/{attempt}/{prefix}", store)
+    start = [secrets.token_hex(4)]
+    dist.broadcast_object_list(start, src=0)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, start[0])
 
 
 def end_world() -> None:

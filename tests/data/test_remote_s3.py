@@ -11,8 +11,8 @@ from itertools import count
 
 import pytest
 
-for needed in ("s3fs", "moto.server"):
-    pytest.importorskip(needed, reason="needs s3fs and moto[server]: pip install s3fs 'moto[server]'")
+pytest.importorskip("s3fs", reason="needs pip install s3fs 'moto[server]'")
+pytest.importorskip("moto.server", reason="needs pip install s3fs 'moto[server]'")
 import s3fs
 from moto.server import ThreadedMotoServer
 from test_loader import fingerprint

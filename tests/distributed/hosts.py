@@ -39,7 +39,8 @@ class Host:
         with (folder / f"log-{self.letter}").open("a") as log:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace, *inside],
-                cwd=ROOT, env=environment(GLOO_SOCKET_IFNAME=self.interface), stdout=log, stderr=log, text=True,
+                cwd=ROOT, env=environment(GLOO_SOCKET_IFNAME=self.interface, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+                stdout=log, stderr=log, text=True,
             )  # fmt: skip
 
     def cut_off(self) -> None:
@@ -63,7 +64,8 @@ def ip(*words: str) -> None:
 def make_hosts(folder: Path) -> dict[str, Host]:
     """Hosts a and b, joined by a cable. Raises OSError where this process may not make network namespaces."""
     names = folder / "hosts"
-    names.write_text("".join(f"{address} host-{letter}\n" for letter, address in _ADDRESSES.items()))
+    lines = ["127.0.0.1 localhost", *(f"{address} host-{letter}" for letter, address in _ADDRESSES.items())]
+    names.write_text("\n".join(lines) + "\n")
     hosts = {
         letter: Host(letter, f"qwen2vl-{os.getpid()}-{letter}", f"qv{os.getpid()}{letter}", names) for letter in "ab"
     }

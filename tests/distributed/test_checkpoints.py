@@ -192,7 +192,7 @@ def test_a_kill_during_the_export_leaves_no_half_one_and_the_next_start_writes_i
     assert all(torch.equal(whole[name], exported[name]) for name in whole)
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_fifty_kills_at_random_moments(tmp_path):
     generator = torch.Generator().manual_seed(0)
     options = {"steps": 400, "packs": 4, "every": 1, "keep": 2}
