@@ -86,8 +86,10 @@ def prepare_data(run: RunConfig, world: World, monitor: Monitor) -> None:
 
 def _check_heldout(run: RunConfig) -> None:
     """Find the held-out shards before anything is trained, not when the first stage is done."""
-    for task, shards in run.data.heldout.items():
-        expand_shards(f"data.heldout.{task}", (shards,))
+    scored = [run.stages[name].data for name in run.chain if run.stages[name].evaluate]
+    for remote in dict.fromkeys(data.remote for data in scored):
+        for task, shards in run.data.heldout.items():
+            expand_shards(f"data.heldout.{task}", (shards,), remote)
 
 
 def model_config(run: RunConfig, tokenizer: TextTokenizer) -> ModelConfig:

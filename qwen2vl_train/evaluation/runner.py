@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, RemoteConfig
 from data_pipelines.decode.image import decode_image
 from data_pipelines.decode.video import read_clip
 from data_pipelines.encode.boxes import parse_boxes
@@ -93,7 +93,9 @@ def evaluate(
     encoder = SampleEncoder(tokenizer, data.template, data.media, data.plan.max_tokens, data.vision_ids)
     report = Report({}, {}, [])
     for number, (task, shards) in enumerate(heldout.items()):
-        mine = _score_task(model, encoder, task, shards, config, world)
+        source = _open_source(encoder, task, shards, data.remote)
+        mine = _score_task(model, encoder, source, config, world)
+        source.close()
         answers = [answer for part in world.gather(mine) for answer in part]
         if answers:
             name = metric_of(task).name
@@ -107,12 +109,16 @@ def evaluate(
     return report
 
 
+def _open_source(encoder: SampleEncoder, task: str, shards: str, remote: RemoteConfig) -> SourceIndex:
+    paths = expand_shards(f"data.heldout.{task}", (shards,), remote)
+    return SourceIndex(task, paths, Counting(encoder.tokenizer, encoder.template, encoder.vision_ids), remote)
+
+
 def _score_task(
-    model: Qwen2VL, encoder: SampleEncoder, task: str, shards: str, config: EvaluationConfig, world: World
+    model: Qwen2VL, encoder: SampleEncoder, source: SourceIndex, config: EvaluationConfig, world: World
 ) -> list[Answer]:
     """This rank's share of one task (every world-th record), generated in batches."""
-    paths = expand_shards(f"data.heldout.{task}", (shards,))
-    source = SourceIndex(task, paths, Counting(encoder.tokenizer, encoder.template, encoder.vision_ids))
+    task = source.name
     questions = []
     answers: list[Answer] = []
     for _, record, media, read in islice(source.records(), world.rank, config.max_samples, world.size):
@@ -131,7 +137,6 @@ def _score_task(
             looked_at = len(answers) < -(-config.pictures // world.size)
             shown = _show(task, question, prediction, hit, encoder) if looked_at else None
             answers.append(Answer(task, _asked(question.record), question.truth, prediction, hit, shown))
-    source.close()
     return answers
 
 

@@ -145,3 +145,14 @@ def test_a_shard_that_cannot_be_reached_ends_the_run_with_its_name(data, tmp_pat
     assert result.returncode == 2
     assert "http://127.0.0.1:9/gone-000" in result.stderr
     assert "cannot be opened" in result.stderr
+
+
+def test_held_out_shards_are_looked_for_as_the_stage_reads_remote_ones(data, tmp_path):
+    result = train(
+        data, tmp_path, "+data.heldout={caption: 'http://127.0.0.1:9/held-*.tar'}", "stages.language.evaluate=true",
+        "stages.language.data.remote.retries=0",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "http://127.0.0.1:9/held-*.tar: cannot be listed: ClientConnectorError" in result.stderr
+    assert "attempts" not in result.stderr
+    assert not (tmp_path / "keys.rank0").exists()
