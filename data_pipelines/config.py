@@ -7,6 +7,10 @@ from typing import Literal
 
 Template = Literal["plain", "chatml"]
 
+# What one record, and one picture or clip as stored, may take: refused before it is read, wherever it lies.
+MAX_RECORD_BYTES = 64 << 20
+MAX_MEDIA_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class MediaConfig:
@@ -26,7 +30,7 @@ class MediaConfig:
     max_frames: int = 768
     max_media_tokens: int = 16384
     max_source_pixels: int = 200_000_000
-    max_source_bytes: int = 1 << 30
+    max_source_bytes: int = MAX_MEDIA_BYTES
     video_backend: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
     decode_timeout_s: float = 60.0
 

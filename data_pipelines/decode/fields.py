@@ -12,9 +12,9 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
+from data_pipelines.config import MAX_RECORD_BYTES
 from data_pipelines.errors import RecordError
 
-MAX_JSON_BYTES = 64 << 20
 MAX_COORDINATE = 1_000_000.0
 MAX_SIDE = 1_000_000
 
@@ -34,7 +34,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def load_json(key: str, data: bytes, field: str = "json", max_bytes: int | None = MAX_JSON_BYTES) -> Any:
+def load_json(key: str, data: bytes, field: str = "json", max_bytes: int | None = MAX_RECORD_BYTES) -> Any:
     """Parse UTF-8 JSON (a byte order mark is allowed). NaN, Infinity and excessive nesting are errors.
 
     Raises:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 
+from data_pipelines.config import MAX_MEDIA_BYTES, MAX_RECORD_BYTES
 from data_pipelines.decode.image import probe_image
 from data_pipelines.decode.members import extension
 from data_pipelines.decode.record import parse_record
@@ -21,8 +22,6 @@ from data_pipelines.samples import Media, MediaRef, Record
 from data_pipelines.shards.storage import ShardFile
 from data_pipelines.shards.tar import BLOCK, Member
 
-MAX_RECORD_BYTES = 64 << 20
-MAX_MEDIA_BYTES = 1 << 30
 TEXT_EXTENSIONS = ("json", "txt")
 
 

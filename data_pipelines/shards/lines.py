@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 
+from data_pipelines.config import MAX_RECORD_BYTES
 from data_pipelines.errors import ShardError
 from data_pipelines.shards.names import file_of
 from data_pipelines.shards.storage import ShardFile
@@ -19,7 +20,6 @@ from data_pipelines.shards.tar import Member, TarSample, TarScan
 
 RECORD = "json"
 _READ_BYTES = 4 << 20
-MAX_LINE_BYTES = 64 << 20
 
 
 def scan_lines(file: ShardFile) -> TarScan:
@@ -31,8 +31,8 @@ def scan_lines(file: ShardFile) -> TarScan:
     try:
         for number, (offset, size, crc, blank) in enumerate(_lines(file)):
             key = f"{stem}/{number:06d}"
-            if size > MAX_LINE_BYTES:
-                message = f"line {number + 1} has {size} bytes, limit {MAX_LINE_BYTES}"
+            if size > MAX_RECORD_BYTES:
+                message = f"line {number + 1} has {size} bytes, limit {MAX_RECORD_BYTES}"
                 scan.problems.append(ShardError(key, "record_too_big", message))
             elif not blank:
                 scan.samples.append(TarSample(key, {RECORD: Member(offset, size, crc)}))

@@ -10,10 +10,9 @@ import os
 import stat
 from pathlib import Path
 
+from data_pipelines.config import MAX_MEDIA_BYTES
 from data_pipelines.decode.fields import shown
 from data_pipelines.errors import MediaError
-
-MAX_MEDIA_BYTES = 1 << 30
 
 
 def resolve_media(name: object, root: Path, beside: Path | None, key: str) -> Path:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data_pipelines.config import RemoteConfig
+from data_pipelines.config import MAX_MEDIA_BYTES, RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.shards.names import is_remote, public_name
 from data_pipelines.shards.tar import (
@@ -37,7 +37,6 @@ from data_pipelines.shards.tar import (
     split_name,
 )
 
-MAX_MEMBER_BYTES = 1 << 30
 # What the package's tar reader would make more of than their bytes: a sparse member of a few bytes may claim terabytes.
 _EXPANDED = b"SX"
 _GZIP = b"\x1f\x8b"
@@ -126,8 +125,8 @@ class TarWalk:
                 named = key_and_suffix(header, self.name, self._problems)  # tells of links and unsafe names
                 self.members += named is not None
             self.member = header.name
-            if header.size > MAX_MEMBER_BYTES:
-                message = f"member {header.name!r} claims {header.size} bytes, limit {MAX_MEMBER_BYTES}"
+            if header.size > MAX_MEDIA_BYTES:
+                message = f"member {header.name!r} claims {header.size} bytes, limit {MAX_MEDIA_BYTES}"
                 raise ShardError(self.name, "media_too_big", message)
         except ShardError as error:
             self._fail(error.reason, error.message)

@@ -23,11 +23,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from data_pipelines.config import MediaConfig
 from data_pipelines.decode.image import FORMATS, probe_image
 from data_pipelines.errors import DataError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.sources.item import Item, problem
-from data_pipelines.sources.pictures import MAX_SOURCE_PIXELS, read_media
+from data_pipelines.sources.pictures import read_media
 
 HASH_BITS = 63
 _SIDE = 32
@@ -93,7 +94,7 @@ def picture_hash(data: bytes, key: str) -> int | None:
         MediaError: no picture; over the pixel limit. Pictures that do not decode raise `OSError`.
     """
     media = probe_image(data, key, key)
-    if media.width * media.height > MAX_SOURCE_PIXELS:
+    if media.width * media.height > MediaConfig.max_source_pixels:
         raise OSError(f"{media.width} x {media.height} pixels")
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image.draft("L", (2 * _SIDE, 2 * _SIDE))  # JPEG: decode at an eighth where that is enough

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipelines.config import MAX_MEDIA_BYTES, MediaConfig
 from data_pipelines.decode.fields import shown
 from data_pipelines.decode.image import decode_image, image_orientation, probe_image
 from data_pipelines.decode.members import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, extension
@@ -25,8 +26,6 @@ from data_pipelines.errors import MediaError
 from data_pipelines.samples import Media
 from data_pipelines.sources.item import Box, MediaSource
 
-MAX_SOURCE_BYTES = 1 << 30
-MAX_SOURCE_PIXELS = 200_000_000
 JPEG_QUALITY = 95
 MAX_ASPECT_RATIO = 200  # beyond it, the model's resizing has no answer
 
@@ -93,15 +92,17 @@ def open_media(source: MediaSource, key: str, clips: ClipDecoder, verify: bool =
     if suffix not in IMAGE_EXTENSIONS:
         raise MediaError(key, "not_an_image", f"{shown(source.name)} begins {data[:16]!r}: no known picture format")
     media = probe_image(data, source.name, key)
-    if media.width * media.height > MAX_SOURCE_PIXELS:
+    if media.width * media.height > MediaConfig.max_source_pixels:
         pixels = f"{media.width} x {media.height} pixels"
-        raise MediaError(key, "too_many_pixels", f"{shown(source.name)} has {pixels}, limit {MAX_SOURCE_PIXELS}")
+        raise MediaError(
+            key, "too_many_pixels", f"{shown(source.name)} has {pixels}, limit {MediaConfig.max_source_pixels}"
+        )
     if max(media.width, media.height) > MAX_ASPECT_RATIO * min(media.width, media.height):
         shape = f"{media.width} x {media.height} pixels"
         raise MediaError(key, "bad_aspect", f"{shown(source.name)}, {shape}: no side may be 200 times the other")
     orientation = image_orientation(data, key)
     if orientation == 1 and verify:
-        decode_image(data, key, MAX_SOURCE_PIXELS)
+        decode_image(data, key, MediaConfig.max_source_pixels)
     if orientation == 1:
         return Picture(data, suffix, media, 1, (media.width, media.height))
     return _turned(data, suffix, media, orientation, key)
@@ -165,9 +166,9 @@ def read_media(source: MediaSource, key: str) -> bytes:
     Raises:
         MediaError: missing, empty, cut, or over the limit of bytes.
     """
-    if media_bytes(source) > MAX_SOURCE_BYTES:
+    if media_bytes(source) > MAX_MEDIA_BYTES:
         raise MediaError(
-            key, "too_many_bytes", f"{shown(source.name)} has {media_bytes(source)} bytes, limit {MAX_SOURCE_BYTES}"
+            key, "too_many_bytes", f"{shown(source.name)} has {media_bytes(source)} bytes, limit {MAX_MEDIA_BYTES}"
         )
     data = source.data
     if data is None:
@@ -195,7 +196,7 @@ def _clip_extension(name: str, data: bytes) -> str:
 
 def _turned(data: bytes, suffix: str, media: Media, orientation: int, key: str) -> Picture:
     """The picture with its orientation applied to the pixels, encoded again."""
-    encoded = _encode(decode_image(data, key, MAX_SOURCE_PIXELS), "JPEG" if suffix == "jpg" else "PNG")
+    encoded = _encode(decode_image(data, key, MediaConfig.max_source_pixels), "JPEG" if suffix == "jpg" else "PNG")
     size = (media.height, media.width) if orientation >= 5 else (media.width, media.height)
     return Picture(encoded, "jpg" if suffix == "jpg" else "png", media, orientation, size)
 

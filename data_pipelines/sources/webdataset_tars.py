@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.config import MAX_RECORD_BYTES
 from data_pipelines.decode.fields import fail, load_json, mapping, number, sequence, text
 from data_pipelines.decode.members import media_kind, media_names
 from data_pipelines.decode.short_form import expand_short_form
@@ -23,7 +24,6 @@ from data_pipelines.sources.item import Annotations, Entries, Grounded, Item, La
 from data_pipelines.sources.keys import key_of
 
 HELP = "webdataset tars: img2dataset, GRIT, or shards in this project's form"
-MAX_TEXT_BYTES = 64 << 20
 _SCORES = ("similarity", "clip_similarity_vitb32", "clip_similarity_vitl14", "clip_l14_similarity_score", "score")
 
 
@@ -163,6 +163,6 @@ def _source(name: str, sample: TarSample, path: Path) -> MediaSource:
 
 def _read(key: str, name: str, sample: TarSample, file: LocalFile) -> bytes:
     member = sample.members[name]
-    if member.size > MAX_TEXT_BYTES:
-        fail(key, name, f"{member.size} bytes", f"at most {MAX_TEXT_BYTES} bytes", "bad_json")
+    if member.size > MAX_RECORD_BYTES:
+        fail(key, name, f"{member.size} bytes", f"at most {MAX_RECORD_BYTES} bytes", "bad_json")
     return file.read(member.offset, member.size)
