@@ -12,21 +12,23 @@ Where several ranks share a pack, T counts this rank's tokens and the borders ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from qwen2vl_train.model.sharing import Sharing
 
 Backend = Literal["auto", "varlen", "reference"]
 
 FLASH_HEAD_MULTIPLE = 8
+# Looked up here, not in the call, which compiled blocks trace. torch 2.11 takes fewer key heads without being told.
+_SAYS_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
@@ -128,29 +130,10 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causa
     padding = -head_dim % FLASH_HEAD_MULTIPLE
     if padding:  # zero columns change neither the products nor, cut off again, the result; the scale is the true size's
         query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
-    kernel, takes = _varlen_kernel()
     borders, longest = segments.cu_seqlens, segments.max_seqlen
-    mixed: Tensor = kernel(
-        query, key, value, borders, borders, longest, longest, **_varlen_arguments(takes, causal, query, key, head_dim)
+    window = (-1, 0) if causal else (-1, -1)
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _SAYS_GROUPED else {}
+    mixed: Tensor = varlen_attn(
+        query, key, value, borders, borders, longest, longest, scale=head_dim**-0.5, window_size=window, **grouped
     )
     return mixed[..., :head_dim] if padding else mixed
-
-
-@cache
-def _varlen_kernel() -> tuple[Callable[..., Any], frozenset[str]]:
-    """The installed torch's kernel and the names of its arguments, which changed between releases."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _varlen_arguments(takes: frozenset[str], causal: bool, query: Tensor, key: Tensor, head_dim: int) -> dict[str, Any]:
-    """Arguments in the installed release's words: `is_causal` (2.10) became `window_size`; `enable_gqa` came."""
-    arguments: dict[str, Any] = {"scale": head_dim**-0.5} if "scale" in takes else {}
-    if "window_size" in takes:
-        arguments["window_size"] = (-1, 0) if causal else (-1, -1)
-    else:
-        arguments["is_causal"] = causal
-    if query.shape[1] != key.shape[1] and "enable_gqa" in takes:
-        arguments["enable_gqa"] = True
-    return arguments

@@ -5,6 +5,12 @@ and each of them. The [L, V] logits never exist: rows are taken in chunks, and e
 the forward pass while its logits are there, so nothing is recomputed. Costs, beside the weight's gradient: one chunk
 of logits in float32 (128 MiB at most) and the hidden states' gradient [L, D].
 
+Liger's fused kernel (`LigerFusedLinearCrossEntropyFunction`, 0.8.5) is not used, on CUDA either. Each token's loss,
+which the per-dataset figures are made of, comes only with reduction="none", whose backward computes all logits a second
+time; with "sum" it is kept inside. Every forward waits for the device (`target_mask.sum().item()`) and so does the
+backward (`torch.equal`), where this step has no host synchronisation; and L = 0, a rank without labels, divides by
+zero. Both round logits and their slopes to the inputs' dtype alike.
+
 Legend: L supervised positions, D hidden size, V vocabulary.
 """
 
@@ -40,8 +46,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Los
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss with the gradients of its sum: forward leaves them in `ctx.gradients`, backward scales them."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [L, D], weight [V, D], targets int64 [L] -> float32 (sum, losses [L], not differentiable)."""
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
@@ -67,6 +76,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The gradients of hidden states [L, D] and weight [V, D] for that of the sum, a scalar; once only.
+
+        Raises RuntimeError the second time: they were scaled where they lie.
+        """
         if ctx.gradients is None:
             raise RuntimeError("the loss keeps its gradients for one backward pass only; run forward again")
         grad_hidden, grad_weight = ctx.gradients

@@ -31,8 +31,11 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number per row for backward, not the float32 copy of x."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., D], weight [D] -> x's shape and dtype."""
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
@@ -43,6 +46,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The gradients of x [..., D] and, where it trains, of the weight [D]."""
         x, inverse, weight = ctx.saved_tensors
         normed = x.float() * inverse
         grad = grad.float()
@@ -57,8 +61,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _QuickGELU(torch.autograd.Function):
+    """Keeps one tensor of x's size for backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x of any shape -> the same shape and dtype."""
         # = silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x): one fused kernel in backward
         scaled = x * QUICK_GELU_SLOPE
         ctx.save_for_backward(scaled)
@@ -67,6 +74,7 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The gradient of x, in its shape."""
         (scaled,) = ctx.saved_tensors
         out: Tensor = torch.ops.aten.silu_backward(grad, scaled)
         return out

@@ -70,11 +70,13 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, H, d], cos and sin float32 [T, 1, d] -> [T, H, d]."""
         ctx.save_for_backward(cos, sin)
         return _turn(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of x [T, H, d]."""
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, sin, -1.0), None, None

@@ -1,5 +1,7 @@
 """The attention interface: the reference against a masked product, and the kernel's adapter on both spellings."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -56,10 +58,6 @@ def test_the_backend_follows_device_and_dtype():
         resolve_backend("varlen", cpu, torch.bfloat16)
 
 
-def kernel_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    return kernel(query, key, value, cu_seq_q, max_q, is_causal, query.shape[-1] ** -0.5)
-
-
 def kernel_of_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
@@ -83,20 +81,31 @@ def kernel(query, key, value, cu_seqlens, longest, causal, scale):
     return masked(query, key, value, cu_seqlens.diff().tolist(), causal)
 
 
-@pytest.mark.parametrize("release", [kernel_of_2_10, kernel_of_2_11, kernel_of_2_13])
+@pytest.mark.parametrize("release", [kernel_of_2_11, kernel_of_2_13])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 16), (4, 4, 80), (2, 2, 20)])
 def test_the_adapter_speaks_every_releases_language(monkeypatch, release, causal, heads, key_heads, size):
-    if release is kernel_of_2_10 and size % 8:
-        pytest.skip("2.10 has no scale, so a padded head size would scale wrongly; no published size needs padding")
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", release)
-    attention._varlen_kernel.cache_clear()
+    monkeypatch.setattr(attention, "varlen_attn", release)
+    monkeypatch.setattr(attention, "_SAYS_GROUPED", release is kernel_of_2_13)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(11, heads, size, generator=generator)
     key, value = (torch.randn(11, key_heads, size, generator=generator) for _ in range(2))
     found = attend(query, key, value, make_segments(borders(7, 4), 7, "varlen"), causal)
-    attention._varlen_kernel.cache_clear()
     assert torch.allclose(found, masked(query, key, value, [7, 4], causal), atol=1e-5)
+
+
+def test_the_adapter_compiles_to_one_graph(monkeypatch):
+    def product(query, key, value, *borders, scale, window_size, enable_gqa=False):
+        return query * scale + key.mean() + value.sum()
+
+    monkeypatch.setattr(attention, "varlen_attn", product)
+    query, key = torch.ones(11, 4, 16), torch.ones(11, 2, 16)
+    segments = make_segments(borders(7, 4), 7, "varlen")
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo")  # it would trace what looks the arguments up
+        explained = torch._dynamo.explain(lambda q, k: attend(q, k, k, segments, True))(query, key)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
 @pytest.mark.gpu
