@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [L, D], weight [V, D], targets int64 [L] -> float32 (sum, losses [L], not differentiable)."""
+        """Take hidden [L, D], weight [V, D], targets int64 [L] -> float32 (sum, losses [L], not differentiable)."""
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)

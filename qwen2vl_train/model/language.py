@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> the same shape and dtype."""
+        """Take x [..., D] -> the same shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -57,7 +57,7 @@ class TextAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments, cache: LayerCache | None) -> Tensor:
-        """x [T, D] -> [T, D]; with a cache, the new tokens attend to what it holds, too."""
+        """Take x [T, D] -> [T, D]; with a cache, the new tokens attend to what it holds, too."""
         query, key, value = (
             projection(x).unflatten(1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -80,7 +80,7 @@ class TextMlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, D]."""
+        """Take x [T, D] -> [T, D]."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -97,7 +97,7 @@ class DecoderLayer(nn.Module):
         self.inner = self._layer
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments, cache: LayerCache | None = None) -> Tensor:
-        """x [T, D] -> [T, D]."""
+        """Take x [T, D] -> [T, D]."""
         # generation changes the cache's shape at every step: it stays with the plain function
         return self.inner(x, rotary, segments, cache) if cache is None else self._layer(x, rotary, segments, cache)
 

@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., D], weight [D] -> x's shape and dtype."""
+        """Take x [..., D], weight [D] -> x's shape and dtype."""
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
@@ -65,7 +65,7 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """x of any shape -> the same shape and dtype."""
+        """Take x of any shape -> the same shape and dtype."""
         # = silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x): one fused kernel in backward
         scaled = x * QUICK_GELU_SLOPE
         ctx.save_for_backward(scaled)

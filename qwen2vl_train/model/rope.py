@@ -70,7 +70,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [T, H, d], cos and sin float32 [T, 1, d] -> [T, H, d]."""
+        """Take x [T, H, d], cos and sin float32 [T, 1, d] -> [T, H, d]."""
         ctx.save_for_backward(cos, sin)
         return _turn(x, cos, sin, 1.0)
 

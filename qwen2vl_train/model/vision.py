@@ -87,7 +87,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
-        """x [P, W] -> [P, W]."""
+        """Take x [P, W] -> [P, W]."""
         qkv = self.qkv(x).unflatten(1, (3 * self.num_heads, -1))
         # queries and keys lie side by side: one rotation serves both
         query, key = rotate(qkv[:, : 2 * self.num_heads], rotary).chunk(2, dim=1)
@@ -107,7 +107,7 @@ class VisionMlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [P, W] -> [P, W]."""
+        """Take x [P, W] -> [P, W]."""
         out: Tensor = self.fc2(quick_gelu(self.fc1(x)))
         return out
 
@@ -124,7 +124,7 @@ class VisionBlock(nn.Module):
         self.inner = self._layer
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
-        """x [P, W] -> [P, W]."""
+        """Take x [P, W] -> [P, W]."""
         return self.inner(x, rotary, segments)
 
     def _layer(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
@@ -145,7 +145,7 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [P, W], patches in the ViT's order -> [P / 4, hidden]."""
+        """Take x [P, W], patches in the ViT's order -> [P / 4, hidden]."""
         # patches come in 2 x 2 blocks, so four neighbouring rows are one block
         features: Tensor = self.mlp(self.ln_q(x).reshape(-1, self.merged_size))
         return features
