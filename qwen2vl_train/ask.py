@@ -24,10 +24,7 @@ from data_pipelines.encode.boxes import parse_boxes, parse_quads, to_pixels
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.samples import MediaKind, MediaRef, Message, Record, Text
 from data_pipelines.tokenizer import TextTokenizer
-from qwen2vl_train.generate import Sampling, generate
-from qwen2vl_train.model.config import ModelConfig
-from qwen2vl_train.model.qwen2vl import Qwen2VL
-from qwen2vl_train.model.weights import load_hf
+from qwen2vl_train.generate import Sampling, generate, open_model
 
 KEY = "the question"
 _PHRASE = re.compile(
@@ -62,14 +59,11 @@ class Assistant:
         `vision_ids` writes "Picture 1: ", "Video 1: " before the media: for models that were trained so.
         """
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = ModelConfig.from_hf(folder)
         self.tokenizer = TextTokenizer(folder)
-        self.max_tokens = config.text.max_position_embeddings
+        self.model = open_model(folder, device, dtype)
+        self.max_tokens = self.model.config.text.max_position_embeddings
         limits = media or read_limits(folder)
         self.encoder = SampleEncoder(self.tokenizer, template, limits, self.max_tokens, vision_ids)
-        model = Qwen2VL(config)
-        load_hf(model, folder)
-        self.model = model.to(device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).eval()
 
     def answer(
         self, prompt: str, media: Sequence[MediaFile] = (), max_new_tokens: int = 512, sampling: Sampling | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,7 +19,9 @@ from data_pipelines.pack.collate import collate
 from data_pipelines.samples import Encoded, PackedBatch
 from data_pipelines.tokenizer import SpecialTokens
 from qwen2vl_train.model.cache import KeyValueCache
+from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.qwen2vl import LogitsRequest, Qwen2VL
+from qwen2vl_train.model.weights import load_hf
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,23 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"{self}: temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed")
+
+
+def open_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> Qwen2VL:
+    """The model in `folder`, ready to generate on `device`, filled tensor by tensor: nothing is held twice.
+
+    `dtype` None: see `inference_dtype`. Errors as `weights.load`.
+    """
+    with torch.device("meta"):
+        model = Qwen2VL(ModelConfig.from_hf(folder))
+    model = model.to(dtype or inference_dtype(device)).to_empty(device=device)
+    load_hf(model, folder)
+    return model.eval()
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA, as models are trained there and as flash attention needs it; float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 Enters: a Hugging Face folder and held-out shards by task, one question per record. Leaves: a `Report` with a figure
 per task, the majority baseline and some pictures with true and predicted answers. The records are shared out over the
-ranks; each rank holds the whole model (in its export precision), as for inference.
+ranks; each rank holds the whole model as for inference: in bfloat16 on CUDA (16 GB for 7B), in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import EvaluationConfig
 from qwen2vl_train.evaluation.metrics import constant_baseline, metric_of
-from qwen2vl_train.generate import generate
-from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.generate import generate, open_model
 from qwen2vl_train.model.qwen2vl import Qwen2VL
-from qwen2vl_train.model.weights import load_hf
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.shown import Box, Shown
 from qwen2vl_train.training.world import World
@@ -87,9 +85,7 @@ def evaluate(
 ) -> Report:
     """Score the model in `model_folder` on each task's shards with the stage's template and budgets. Collective."""
     tokenizer = TextTokenizer(model_folder)
-    model = Qwen2VL(ModelConfig.from_hf(model_folder))
-    load_hf(model, model_folder)
-    model.to(world.device).eval()
+    model = open_model(model_folder, world.device)
     encoder = SampleEncoder(tokenizer, data.template, data.media, data.plan.max_tokens, data.vision_ids)
     report = Report({}, {}, [])
     for number, (task, shards) in enumerate(heldout.items()):

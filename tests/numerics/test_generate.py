@@ -5,7 +5,8 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from data_pipelines.pack.mrope import position_ids
-from qwen2vl_train.generate import Sampling, generate
+from qwen2vl_train.generate import Sampling, generate, inference_dtype, open_model
+from qwen2vl_train.model.attention import resolve_backend
 from qwen2vl_train.model.weights import model_tensors, save_hf
 from tests.model.builders import SPECIAL, document, pack, reference_inputs, tiny_model
 
@@ -31,6 +32,34 @@ def model():
 @pytest.fixture(scope="module")
 def prompts():
     return [document(parts, seed=n) for n, parts in enumerate(PROMPTS)]
+
+
+def test_on_cuda_models_answer_with_flash_attention_in_half_the_memory():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert (inference_dtype(cpu), inference_dtype(cuda)) == (torch.float32, torch.bfloat16)
+    assert resolve_backend("auto", cuda, inference_dtype(cuda)) == "varlen"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_opened_model_is_the_saved_one_in_the_wanted_precision(model, prompts, tmp_path, dtype):
+    save_hf(model_tensors(model), tmp_path, model.config, torch.float32)
+    opened = open_model(tmp_path, torch.device("cpu"), dtype)
+    assert not opened.training
+    stored = dict(model.named_parameters())
+    for name, parameter in opened.named_parameters():
+        assert parameter.dtype == (dtype or torch.float32)
+        assert torch.equal(parameter, stored[name].to(parameter.dtype))
+    if dtype is None:
+        assert generate(opened, prompts, 8, STOPS) == generate(model, prompts, 8, STOPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_opened_on_cuda_answers_there(model, prompts, tmp_path):
+    save_hf(model_tensors(model), tmp_path, model.config)
+    opened = open_model(tmp_path, torch.device("cuda"))
+    assert {(value.device.type, value.dtype) for value in opened.parameters()} == {("cuda", torch.bfloat16)}
+    assert all(generate(opened, prompts, 8, STOPS))
 
 
 def test_greedy_generation_equals_transformers_on_the_exported_model(model, prompts, tmp_path):
