@@ -12,13 +12,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from data_pipelines.config import DataConfig
-from data_pipelines.index.build import Progress as IndexProgress
 from data_pipelines.loader import (
     SOURCE,
     STATE_VERSION,
@@ -32,7 +31,7 @@ from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.stream_process import StreamProcess
 from data_pipelines.pack.workers import WorkerPool, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
-from data_pipelines.plan.progress import Done, Progress
+from data_pipelines.plan.progress import Ended, Progress, Tally
 from data_pipelines.plan.stream import CountedSample, SourceStream, StreamedPack, StreamPlanner
 from data_pipelines.samples import PackedBatch, Record
 from data_pipelines.shards.names import public_name
@@ -58,7 +57,6 @@ class StreamLoader:
         world: int,
         seed: int,
         pin_memory: bool = False,
-        progress: IndexProgress | None = None,
         cost: PackCost | None = None,
         gather: Callable[[Any], list[Any]] = lambda item: [item],
     ) -> None:
@@ -70,41 +68,48 @@ class StreamLoader:
         self._shards = {
             name: expand_shards(name, source.shards, config.remote) for name, source in config.sources.items()
         }
-        # Where all ranks began, and what this one has done and packed since.
+        # Where all ranks began, what was handed out here since, and what was read, which is ahead of that.
         self._base = {name: Progress() for name in self._shards}
-        self._packs = self._tokens = 0
-        self._done: Mapping[str, Done] = {}
-        self._packed = self._steps = 0
-        self._make_planner({}, 0).close()  # refuses what cannot be streamed here, not in the first step
+        self._packs = self._tokens = self._steps = 0
+        self._given, self._read = Tally(), Tally()
+        self._make_planner().close()  # refuses what cannot be streamed here, not in the first step
         self._feed: StreamProcess | None = None
         self._pool: WorkerPool | None = None
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         """Steps from the current state on; each is this rank's packs in slot order."""
         self.close()
-        ahead: deque[tuple[Mapping[str, Done], int]] = deque()
+        self._read = self._given.copy()
+        ahead: deque[tuple[list[Ended], int]] = deque()
         batches = self._batches(self._numbered_packs(ahead))
         while True:
             step = list(islice(batches, self._packs_per_step // self._world))
             if not step:
                 return  # closed meanwhile
             # What counts as done is what was handed out.
-            self._done, tokens = ahead.popleft()
-            self._packed += tokens
+            self._given.add(*ahead.popleft())
             self._steps += 1
             yield step
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out: JSON-able, the same on every rank. Collective."""
-        ranks = self._gather((self._done, self._packed, self._steps))
+        ranks = self._gather((self._given.done, self._given.tokens, self._steps))
         sources = {
-            name: base.plus([done.get(name, {}) for done, _, _ in ranks], len(self._shards[name])).to_json()
+            name: base.plus([done.get(name, {}) for done, _, _ in ranks], len(self._shards[name]))
             for name, base in self._base.items()
         }
+        for name, progress in sources.items():  # epochs that all ranks have done need no bits any more
+            self._base[name] = self._base[name].since(progress.epoch)
+            self._given.forget(name, progress.epoch)
+            self._read.forget(name, progress.epoch)
         # Ranks that share the packs of another one read none themselves.
         packs = self._packs + max(steps for _, _, steps in ranks) * self._packs_per_step
         tokens = self._tokens + sum(packed for _, packed, _ in ranks)
-        stream = {"packs": packs, "tokens": tokens, "sources": sources}
+        stream = {
+            "packs": packs,
+            "tokens": tokens,
+            "sources": {name: progress.to_json() for name, progress in sources.items()},
+        }
         return {"version": STATE_VERSION, "identity": self._identity(), "stream": stream}
 
     def load_state_dict(self, state: dict[str, Any], accept_changes: bool = False) -> list[str]:
@@ -129,7 +134,7 @@ class StreamLoader:
         if any(key.startswith(SOURCE) for key in changed):
             notes.append("the mixture counts its shares anew from here")
         self._packs, self._tokens = stream["packs"], stream["tokens"]
-        self._done, self._packed, self._steps = {}, 0, 0
+        self._given, self._steps = Tally(), 0
         return notes
 
     def close(self) -> None:
@@ -141,13 +146,14 @@ class StreamLoader:
         if feed is not None:
             feed.close()
 
-    def _make_planner(self, done: Mapping[str, Done], packed: int) -> StreamPlanner:
+    def _make_planner(self) -> StreamPlanner:
+        """This rank's packs behind those that were read."""
         streams = [
             SourceStream(
                 name,
                 shards,
                 self._base[name],
-                done.get(name, {}),
+                self._read.done.get(name, {}),
                 self._config,
                 self._seed,
                 self._rank,
@@ -155,25 +161,27 @@ class StreamLoader:
             )
             for name, shards in self._shards.items()
         ]
-        tokens = self._tokens + packed * self._world
+        tokens = self._tokens + self._read.tokens * self._world
         return StreamPlanner(streams, self._config, self._tokenizer, self._world, tokens, self._cost)
 
-    def _numbered_packs(self, ahead: deque[tuple[Mapping[str, Done], int]]) -> Iterator[StreamedPack]:
-        """This rank's packs by their numbers in the run; what is done after each step is appended to `ahead`."""
+    def _numbered_packs(self, ahead: deque[tuple[list[Ended], int]]) -> Iterator[StreamedPack]:
+        """This rank's packs by their numbers in the run; what each step has done is appended to `ahead`."""
         next_pack = self._planned_packs()
         for step in range(self._steps, 1 << 62):
-            packs = [next_pack() for _ in range(self._packs_per_step // self._world)]
-            ahead.append((packs[-1].done, sum(pack.num_tokens for pack in packs)))
+            packs = []
+            for _ in range(self._packs_per_step // self._world):
+                packs.append(pack := next_pack())
+                self._read.add(pack.ended, pack.num_tokens)  # at once: a process that dies is replaced from here
+            ahead.append(([ended for pack in packs for ended in pack.ended], sum(pack.num_tokens for pack in packs)))
             if self._cost is not None:
                 packs = order_by_cost(packs, self._cost)
             first = self._packs + step * self._packs_per_step + self._rank
             yield from (replace(pack, number=first + slot * self._world) for slot, pack in enumerate(packs))
 
     def _planned_packs(self) -> Callable[[], StreamedPack]:
-        done, packed = self._done, self._packed
         if self._config.loader.num_workers == 0:
-            return self._make_planner(done, packed).next_pack
-        self._feed = StreamProcess(lambda since, tokens: self._make_planner(since or done, packed + tokens))
+            return self._make_planner().next_pack
+        self._feed = StreamProcess(self._make_planner)
         return self._feed.next_pack
 
     def _batches(self, packs: Iterator[StreamedPack]) -> Iterator[PackedBatch]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -18,12 +18,11 @@ from multiprocessing.context import ForkProcess
 
 from data_pipelines.errors import DataError
 from data_pipelines.pack.workers import isolate
-from data_pipelines.plan.progress import Done
 from data_pipelines.plan.stream import StreamedPack, StreamPlanner
 from data_pipelines.samples import LedgerEvent
 
-# From the shards done so far, by source, and the tokens packed.
-MakePlanner = Callable[[Mapping[str, Done], int], StreamPlanner]
+# Called in the process, which is forked: it begins behind the packs that its parent has got so far.
+MakePlanner = Callable[[], StreamPlanner]
 _POLL_S = 1.0
 _MAX_DEATHS_IN_A_ROW = 3
 
@@ -37,8 +36,7 @@ class StreamProcess:
 
     def __init__(self, make_planner: MakePlanner) -> None:
         self._make_planner = make_planner
-        self._done: Mapping[str, Done] = {}
-        self._tokens = self._number = self._deaths = 0
+        self._number = self._deaths = 0
         self._notes: tuple[LedgerEvent, ...] = ()
         self._process, self._pipe = self._start()
 
@@ -56,9 +54,7 @@ class StreamProcess:
             if status == "error":
                 raise content
             pack: StreamedPack = replace(content, number=self._number, events=(*self._notes, *content.events))
-            self._notes = ()
-            self._done, self._deaths = pack.done, 0
-            self._tokens += pack.num_tokens
+            self._notes, self._deaths = (), 0
             self._number += 1
             return pack
 
@@ -73,7 +69,7 @@ class StreamProcess:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
             target=_serve,
-            args=(theirs, ours, lambda: self._make_planner(self._done, self._tokens), os.getpid()),
+            args=(theirs, ours, self._make_planner, os.getpid()),
             daemon=True,
             name="data-stream",
         )

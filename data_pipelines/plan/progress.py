@@ -1,7 +1,7 @@
 """How far a stream is: which shards are done, epoch by epoch, over all ranks.
 
 Enters: the progress at the start of a run and what each rank has done since. Leaves: JSON of a bit a shard for each
-epoch under way, two or three as a rule; whole epochs are only counted.
+epoch under way, two or three as a rule; whole epochs are only counted, and forgotten whenever the ranks compare.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 # Epoch → the shards done in it, as bits of an integer.
 Done = Mapping[int, int]
+# A shard done: source, epoch, number.
+Ended = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,10 @@ class Progress:
             epoch += 1
         return Progress(epoch, merged)
 
+    def since(self, epoch: int) -> Progress:
+        """The same without what is known of epochs before `epoch`, which are done."""
+        return Progress(epoch, {number: shards for number, shards in self.done.items() if number >= epoch})
+
     def to_json(self) -> dict[str, Any]:
         """The state as JSON."""
         return {"epoch": self.epoch, "done": {str(epoch): f"{shards:x}" for epoch, shards in self.done.items()}}
@@ -41,3 +47,27 @@ class Progress:
     def from_json(cls, state: Mapping[str, Any]) -> Progress:
         """What `to_json` wrote."""
         return cls(state["epoch"], {int(epoch): int(shards, 16) for epoch, shards in state["done"].items()})
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one rank has done since its run began: the shards of each source, and the tokens packed."""
+
+    done: dict[str, dict[int, int]] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, ended: Iterable[Ended], tokens: int) -> None:
+        """Count a pack or a step."""
+        for name, epoch, shard in ended:
+            epochs = self.done.setdefault(name, {})
+            epochs[epoch] = epochs.get(epoch, 0) | 1 << shard
+        self.tokens += tokens
+
+    def forget(self, name: str, epoch: int) -> None:
+        """Drop the epochs before `epoch`: they are done on all ranks."""
+        mine = self.done.get(name, {})
+        self.done[name] = {number: shards for number, shards in mine.items() if number >= epoch}
+
+    def copy(self) -> Tally:
+        """One that goes on by itself."""
+        return Tally({name: dict(epochs) for name, epochs in self.done.items()}, self.tokens)

@@ -14,8 +14,8 @@ the others from their beginning: no sample is lost, those of shards that were un
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -29,7 +29,7 @@ from data_pipelines.plan.mixture import Mixture, mixture_phases
 from data_pipelines.plan.order import hash_key, permutation
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack, new_packer
-from data_pipelines.plan.progress import Done, Progress
+from data_pipelines.plan.progress import Done, Ended, Progress
 from data_pipelines.samples import LedgerEvent, Media, Record
 from data_pipelines.shards.sample_file import SampleFile
 from data_pipelines.shards.stream import RawSample, stream_samples
@@ -59,10 +59,10 @@ class CountedSample:
 
 @dataclass(frozen=True, slots=True)
 class StreamedPack(Pack):
-    """A pack that brings its samples along, in the order of its items; `done` are the shards done after it."""
+    """A pack that brings its samples along, in the order of its items; `ended` are the shards done with it."""
 
     samples: tuple[CountedSample, ...] = ()
-    done: Mapping[str, Done] = field(default_factory=dict)
+    ended: tuple[Ended, ...] = ()
 
 
 @dataclass(slots=True)
@@ -80,6 +80,8 @@ class _OpenShard:
 
 class SourceStream:
     """One source's samples on one rank, endless. `done` are the shards done here, beyond those of `progress`.
+
+    `events` and `ended` (epoch, shard) tell what was lost and which shards were done since they were last cleared.
 
     Raises (from `next_sample`):
         ShardError: a shard that cannot be opened or reached, or two epochs without a usable sample.
@@ -103,7 +105,8 @@ class SourceStream:
             )
         self.name, self.shards = name, shards
         self.events: list[LedgerEvent] = []
-        self.done: dict[int, int] = dict(done)
+        self.ended: list[tuple[int, int]] = []
+        self._done = done
         self._config, self._seed = config, seed
         self._places = self._shards_of(progress, rank, world)
         self._next_place = next(self._places)
@@ -150,7 +153,7 @@ class SourceStream:
             order = permutation(len(self.shards), hash_key(self._seed, self.name, "stream", epoch)).tolist()
             left = [shard for shard in order if not progress.done.get(epoch, 0) >> shard & 1]
             for shard in left[rank::world]:
-                if not self.done.get(epoch, 0) >> shard & 1:
+                if not self._done.get(epoch, 0) >> shard & 1:
                     yield epoch, shard
 
     def _open_shards(self) -> None:
@@ -175,7 +178,7 @@ class SourceStream:
 
     def _close_if_done(self, opened: _OpenShard) -> None:
         if opened.ended and not opened.waiting:
-            self.done[opened.epoch] = self.done.get(opened.epoch, 0) | 1 << opened.shard
+            self.ended.append((opened.epoch, opened.shard))
             del self._under_way[opened.epoch, opened.shard]
 
     def _nothing_usable(self) -> ShardError:
@@ -224,10 +227,11 @@ class StreamPlanner:
         self._tokens += tokens * self._world  # what the other ranks pack is alike
         self._number += 1
         events = tuple(event for stream in self._streams for event in stream.events)
+        ended = tuple((stream.name, *place) for stream in self._streams for place in stream.ended)
         for stream in self._streams:
             stream.events.clear()
-        done = {stream.name: dict(stream.done) for stream in self._streams}
-        return StreamedPack(self._number - 1, tuple(items), tokens, patches, events, (), tuple(samples), done)
+            stream.ended.clear()
+        return StreamedPack(self._number - 1, tuple(items), tokens, patches, events, (), tuple(samples), ended)
 
     def close(self) -> None:
         """End the clip decoder, if one was started."""

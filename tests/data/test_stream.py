@@ -16,7 +16,7 @@ import webdataset
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.ledger import Ledger
-from data_pipelines.plan.progress import Progress
+from data_pipelines.plan.progress import Progress, Tally
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, LocalFile
 from data_pipelines.shards.stream import stream_samples
 from data_pipelines.shards.tar import scan_tar
@@ -228,13 +228,16 @@ class Ranks:
         self.steps = [iter(loader) for loader in self.loaders]
 
     def gather(self, item):
-        return [(loader._done, loader._packed, loader._steps) for loader in self.loaders]
+        return self.gathered
 
     def step(self):
         parts = [next(step) for step in self.steps]
         return [key for part in parts for batch in part for key in batch.keys]
 
     def state(self):
+        # as a collective, in which all ranks tell what they have before any of them goes on
+        told = [(loader._given.copy(), loader._steps) for loader in self.loaders]
+        self.gathered = [(given.done, given.tokens, steps) for given, steps in told]
         states = [loader.state_dict() for loader in self.loaders]
         assert all(state == states[0] for state in states)
         return states[0]
@@ -269,6 +272,21 @@ def test_a_resume_under_any_world_loses_no_sample_and_repeats_only_shards_under_
     assert Progress.from_json(rest.state()["stream"]["sources"]["many"]).epoch > progress.epoch
 
 
+def test_epochs_done_on_all_ranks_are_forgotten_and_the_packs_stay_the_same(tiny, many):
+    plain, saved = Ranks(tiny, many, 2), Ranks(tiny, many, 2)
+    for step in range(60):
+        assert plain.step() == saved.step()
+        if step % 5 == 4:
+            state = saved.state()
+            held = [loader._given.done["many"] for loader in saved.loaders]
+            assert max(map(len, held)) <= 3
+    assert state == plain.state()
+    assert state["stream"]["sources"]["many"]["epoch"] > 6
+    resumed = Ranks(tiny, many, 2, state)
+    again = Ranks(tiny, many, 2, plain.state())
+    assert [resumed.step() for _ in range(5)] == [again.step() for _ in range(5)]
+
+
 def test_progress_counts_whole_epochs_and_keeps_the_rest_as_bits():
     progress = Progress(2, {2: 0b0001})
     merged = progress.plus([{2: 0b0110, 3: 0b1000}, {2: 0b1000, 3: 0b0001}], 4)
@@ -280,7 +298,7 @@ def test_progress_counts_whole_epochs_and_keeps_the_rest_as_bits():
 def test_the_state_stays_small(tiny, many):
     loader = StreamLoader(many, tiny.tokenizer, 4, 0, 1, seed=0)
     loader._shards["many"] *= 10_000  # 80,000 shards, each epoch's done ones as bits
-    loader._done = {"many": {0: (1 << 80_000) - 2, 1: 1}}
+    loader._given = Tally({"many": {0: (1 << 80_000) - 2, 1: 1}})
     assert len(json.dumps(loader.state_dict())) < 65536
 
 
@@ -367,6 +385,7 @@ def test_a_killed_stream_goes_on_and_is_noted(tiny, many):
     # the pipe still holds what was packed before: hundreds of packs as small as these
     while len(found) < 4000 and not any(batch.events for batch in found[-4:]):
         found += next(steps)
+        loader.state_dict()  # forgets epochs, also for the process that is started anew
     for _ in range(12):
         found += next(steps)
     loader.close()
