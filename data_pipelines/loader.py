@@ -96,7 +96,6 @@ class PackLoader:
         world: int,
         seed: int,
         pin_memory: bool = False,
-        progress: Progress | None = None,
         cost: PackCost | None = None,
     ) -> None:
         check_step(config, packs_per_step, world)
@@ -104,7 +103,7 @@ class PackLoader:
         self._config, self._tokenizer, self._pin_memory = config, tokenizer, pin_memory
         self._packs_per_step, self._rank, self._world, self._seed = packs_per_step, rank, world, seed
         self._cost = cost
-        self._sources = open_sources(config, tokenizer, progress=progress)
+        self._sources = open_sources(config, tokenizer)
         self._planner = self._new_planner()
         self._state = self._planner.state_dict()
         self._pool: WorkerPool | None = None

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.config import DataConfig
+from data_pipelines.loader import open_sources
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.sources.demo import build_demo
 from data_pipelines.tokenizer import TextTokenizer
@@ -127,6 +129,7 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
         f"on {world.size} rank(s), from {init or 'seeded random weights'}",
         highlight=False,
     )
+    index_data(name, stage.data, TextTokenizer(run.data.tokenizer), monitor)
     progress = Trainer(run, name, init, config, world, monitor, resume).fit()
     report = Report({}, {}, [])
     if stage.evaluate and run.data.heldout:
@@ -137,6 +140,22 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
         monitor.show(name, report.shown)
     world.from_main(lambda: _write_result(run, name, progress, report))
     return True
+
+
+def index_data(name: str, data: DataConfig, tokenizer: TextTokenizer, monitor: Monitor) -> None:
+    """Index what is missing of a stage's shards, all ranks together, and show how far it is."""
+
+    def show(shard: str, done: int, total: int) -> None:
+        """Called after each shard that this rank had to do with."""
+        if done == 1:
+            monitor.console.print(f"{name}: indexing {total} shards, once", highlight=False)
+            monitor.start_progress(f"{name} index", total)
+        monitor.advance(done)
+
+    if data.reader == "index":
+        for source in open_sources(data, tokenizer, progress=show):
+            source.close()
+        monitor.stop_progress()
 
 
 def resume_of(run: RunConfig, name: str) -> str:

@@ -54,6 +54,7 @@ def train(data, folder, *overrides, ranks=1, stop_after=0):
         "shared.plan.max_tokens=64", f"shared.plan.pool_size={POOL}", "shared.plan.window_shards=2",
         "stages.language.packs_per_step=2", f"stages.language.steps={STEPS}", "stages.language.schedule.warmup_steps=2",
     ]  # fmt: skip
+    folder.mkdir(exist_ok=True)
     alone = [sys.executable]
     launcher = [*alone, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
@@ -145,6 +146,16 @@ def test_a_shard_that_cannot_be_reached_ends_the_run_with_its_name(data, tmp_pat
     assert result.returncode == 2
     assert "http://127.0.0.1:9/gone-000" in result.stderr
     assert "cannot be opened" in result.stderr
+
+
+def test_an_indexed_stage_indexes_its_shards_once_and_says_so(data, tmp_path):
+    index = ["stages.language.data.reader=index", "stages.language.steps=2", "stages.language.schedule.warmup_steps=1"]
+    said = []
+    for number in range(2):
+        result = train(data, tmp_path / str(number), *index)
+        assert result.returncode == 0, result.stderr[-4000:]
+        said.append("language: indexing 16 shards" in result.stdout)
+    assert said == [True, False]
 
 
 def test_held_out_shards_are_looked_for_as_the_stage_reads_remote_ones(data, tmp_path):
