@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Template = Literal["plain", "chatml"]
+Positions = Literal["mrope", "1d"]
 
 # What one record, and one picture or clip as stored, may take: refused before it is read, wherever it lies.
 MAX_RECORD_BYTES = 64 << 20
@@ -139,6 +140,7 @@ class DataConfig:
     template "plain" writes prompt + answer + <|endoftext|> (Qwen-VL's pretraining form); "chatml" the chat template.
     `reader` "webdataset" reads tars once from start to end, without an index (docs/data.md: what that costs).
     `vision_ids` writes "Picture 1: ", "Video 1: " before each media item, as the chat template's `add_vision_id`.
+    `positions` "1d" counts tokens where "mrope" gives media three axes; a run takes it from its model.
     """
 
     sources: dict[str, SourceConfig]
@@ -149,3 +151,4 @@ class DataConfig:
     vision_ids: bool = False
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     reader: Literal["index", "webdataset"] = "index"
+    positions: Positions = "mrope"

@@ -318,6 +318,13 @@ class RunConfig:
                 f"model.compile={self.model.compile} with engine.sequence_parallel={self.engine.sequence_parallel}: "
                 "blocks whose rows travel between ranks are not compiled; set model.compile=none or sequence_parallel=1"
             )
+        for name, stage in self.stages.items():
+            if stage.data.positions != self.model.config.positions:
+                raise ValueError(
+                    f"stages.{name}.data.positions={stage.data.positions}, model.config.positions="
+                    f"{self.model.config.positions}: a model answers with the positions it was trained with; set "
+                    "model.config.positions, which the stages follow"
+                )
         if self.guard.spike_sigma and not self.checkpoint.every:
             raise ValueError(
                 f"guard.spike_sigma={self.guard.spike_sigma} goes back to a checkpoint, and checkpoint.every=0 writes "

@@ -68,11 +68,10 @@ def generate(
     sampling: Sampling | None = None,
     *,
     prefill_tokens: int = 16_384,
-    one_dimensional: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt until one of `stop_ids` (kept as the last token) or `max_new_tokens`.
 
-    `one_dimensional` is the positions' switch that the model was trained with. The model is whole (not partitioned).
+    The model is whole (not partitioned).
     Raises ValueError for an empty prompt or a `max_new_tokens` below 1.
     """
     sampling = sampling or Sampling()
@@ -88,7 +87,7 @@ def generate(
     cache = KeyValueCache(model.config.text, len(prompts), capacity, weight.device, weight.dtype)
     chooser = _Chooser(sampling, weight.device)
 
-    tokens, positions = _read_prompts(model, prompts, cache, chooser, prefill_tokens, one_dimensional)
+    tokens, positions = _read_prompts(model, prompts, cache, chooser, prefill_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # the prompt that each row of the cache belongs to, finished ones included
     for produced in range(1, max_new_tokens + 1):
@@ -126,11 +125,10 @@ def _read_prompts(
     cache: KeyValueCache,
     chooser: _Chooser,
     prefill_tokens: int,
-    one_dimensional: bool,
 ) -> tuple[Tensor, Tensor]:
     """Fill the cache; the first new token of each prompt int64 [N] and its position int64 [N]."""
     logits, positions = [], []
-    for first, pack in _packs(model, prompts, prefill_tokens, one_dimensional):
+    for first, pack in _packs(model, prompts, prefill_tokens):
         ends = pack.cu_seqlens[1:].long() - 1
         cache.prefill(first, pack.cu_seqlens, pack.num_tokens, pack.max_seqlen)
         logits.append(model(LogitsRequest(pack, ends, caches=list(cache.layers))))
@@ -141,21 +139,17 @@ def _read_prompts(
     return chooser(torch.cat(logits)), torch.cat(positions)
 
 
-def _packs(
-    model: Qwen2VL, prompts: Sequence[Encoded], prefill_tokens: int, one_dimensional: bool
-) -> Iterator[tuple[int, PackedBatch]]:
+def _packs(model: Qwen2VL, prompts: Sequence[Encoded], prefill_tokens: int) -> Iterator[tuple[int, PackedBatch]]:
     """Neighbouring prompts in packs of at most `prefill_tokens` (one prompt may be longer), with the first's number."""
     config, device = model.config, model.model.embed_tokens.weight.device
     # collation reads these three ids alone; the tokenizer itself is not needed here
     special = cast(SpecialTokens, _Pads(config.bos_token_id, config.image_token_id, config.video_token_id))
+    counted = config.positions == "1d"
     first, tokens = 0, 0
     for number, prompt in enumerate([*prompts, None]):
         size = 0 if prompt is None else len(prompt.input_ids)
         if number > first and (prompt is None or tokens + size > prefill_tokens):
-            yield (
-                first,
-                collate(first, prompts[first:number], special, tokens, one_dimensional=one_dimensional).to(device),
-            )
+            yield first, collate(first, prompts[first:number], special, tokens, one_dimensional=counted).to(device)
             first, tokens = number, 0
         tokens += size
 

@@ -43,6 +43,8 @@ def collate(
 ) -> PackedBatch:
     """Pack number `number` from its documents (at most `max_tokens` tokens together).
 
+    `one_dimensional` as in `position_ids`.
+
     Raises:
         PlanMismatch: more than `max_tokens` tokens, a supervised first token of a document (it would be predicted from
             the document before), or patches that do not match their plan: the encoder broke its contract.

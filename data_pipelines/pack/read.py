@@ -58,6 +58,7 @@ class PackReader(Dataset[PackedBatch]):
         self.watch = watch
         self._special = tokenizer.special
         self._max_tokens = config.plan.max_tokens
+        self._one_dimensional = config.positions == "1d"
         cache = open_clip_cache(config.loader)
         self._encoder = SampleEncoder(
             tokenizer, config.template, config.media, config.plan.max_tokens, config.vision_ids, cache
@@ -88,7 +89,7 @@ class PackReader(Dataset[PackedBatch]):
                 message = f"{type(error).__name__}: {error}"
                 events.append(LedgerEvent(name, self.key(item), "unexpected_error", message))
         self.watch(-1)
-        return collate(pack.number, documents, self._special, self._max_tokens, events)
+        return collate(pack.number, documents, self._special, self._max_tokens, events, self._one_dimensional)
 
     def key(self, item: Item) -> str:
         """The key of a planned sample."""

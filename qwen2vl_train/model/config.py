@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from data_pipelines.config import Positions
 from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from data_pipelines.tokenizer import SpecialTokens
 
@@ -94,6 +95,8 @@ class ModelConfig:
     """A whole model. Token ids are the tokenizer's; `initializer_range` is the standard deviation of random weights.
 
     `vision_token_id` is published but read by nothing here; None leaves it out (a tokenizer without <|vision_pad|>).
+    `positions` "1d" counts tokens, the ablation of the paper's table 8. `config.json` keeps it under `positions`, which
+    only this program reads: others give such a model M-RoPE positions.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -107,6 +110,7 @@ class ModelConfig:
     vision_token_id: int | None = 151_654
     image_token_id: int = 151_655
     video_token_id: int = 151_656
+    positions: Positions = "mrope"
 
     def with_token_ids(self, special: SpecialTokens) -> ModelConfig:
         """The same model for a tokenizer whose special tokens have the ids `special`."""
@@ -161,6 +165,7 @@ class ModelConfig:
             ),
             tie_word_embeddings=bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)),
             initializer_range=text.get("initializer_range", cls.initializer_range),
+            positions=values.get("positions", cls.positions),
             **{name: text[name] if text.get(name) is not None else getattr(cls, name) for name in _TOKEN_IDS},
         )
 
@@ -177,6 +182,7 @@ class ModelConfig:
             "model_type": "qwen2_vl",
             **text,
             "rope_scaling": {"type": "mrope", "mrope_section": section},
+            **({} if self.positions == "mrope" else {"positions": self.positions}),
             "sliding_window": self.text.max_position_embeddings,
             "max_window_layers": self.text.num_hidden_layers,
             "use_sliding_window": False,
@@ -237,6 +243,7 @@ def _refuse_unsupported(text: Mapping[str, Any], vision: Mapping[str, Any]) -> N
         ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
         ("use_sliding_window", bool(text.get("use_sliding_window", False)), (False,)),
         ("rope_scaling.type", rope_type, ("mrope", "default")),
+        ("positions", text.get("positions", "mrope"), get_args(Positions)),
         ("vision_config.hidden_act", vision.get("hidden_act", "quick_gelu"), ("quick_gelu",)),
         ("vision_config.in_channels", vision.get("in_channels", vision.get("in_chans", NUM_CHANNELS)), (NUM_CHANNELS,)),
         ("vision_config.patch_size", vision.get("patch_size", PATCH_SIZE), (PATCH_SIZE,)),

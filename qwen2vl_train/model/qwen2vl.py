@@ -99,10 +99,6 @@ class Qwen2VL(nn.Module):
         for block in (*self.visual.blocks, *self.model.layers):
             block.inner = torch.compile(block.inner, backend=backend, dynamic=True)
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """[T, D] after the final norm."""
-        return self._read(batch, None)
-
     def _read(self, batch: PackedBatch, caches: list[LayerCache] | None) -> Tensor:
         embeddings = self.model.embed_tokens(batch.input_ids)
         backend = resolve_backend(self.attention, embeddings.device, embeddings.dtype)

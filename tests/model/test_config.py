@@ -65,7 +65,9 @@ def test_what_is_written_is_the_published_form():
             assert written[key] == value, key
 
 
-@pytest.mark.parametrize("config", [ModelConfig(), model_config(), model_config(tied=False, kv_heads=1)])
+@pytest.mark.parametrize(
+    "config", [ModelConfig(), model_config(), model_config(tied=False, kv_heads=1), ModelConfig(positions="1d")]
+)
 def test_reading_what_was_written_changes_nothing(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     assert ModelConfig.from_hf(tmp_path) == config
@@ -101,6 +103,7 @@ def test_transformers_reads_what_was_written(tmp_path):
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'"),
         ({"vision_config": {**PUBLISHED_2B["vision_config"], "patch_size": 16}}, "patch_size is 16"),
         ({"vision_config": {**PUBLISHED_2B["vision_config"], "hidden_size": 8}}, "vision_config.hidden_size 8"),
+        ({"positions": "2d"}, "positions is '2d'; this model computes only 'mrope', '1d'"),
         ({"num_key_value_heads": 5}, "not a multiple of num_key_value_heads 5"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 23]}}, "sums to 63"),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from qwen2vl_train.model.attention import make_segments
+from qwen2vl_train.model.qwen2vl import LogitsRequest
 from qwen2vl_train.model.vision import PatchProjection, normalise
 from tests.model.builders import document, pack, tiny_model
 
@@ -52,7 +53,7 @@ def test_still_images_come_before_clips_and_features_reach_their_own_rows():
     assert clip_first.vision_index.tolist() == [6, 2]
     changed = pack([document([1, ("video", (1, 2, 2)), 1, ("image", (1, 2, 2)), 2])])
     changed.image_patches = 255 - changed.image_patches
-    before, after = (model.hidden_states(batch).detach() for batch in (clip_first, changed))
+    before, after = (model(LogitsRequest(batch, torch.arange(10))).detach() for batch in (clip_first, changed))
     assert torch.equal(before[:6], after[:6])  # what comes before the image does not see it
     assert not torch.allclose(before[6:], after[6:])
 

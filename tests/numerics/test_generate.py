@@ -1,12 +1,16 @@
 """Generation against transformers' greedy search on the exported model, and its own rules."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from data_pipelines.pack.mrope import position_ids
+from data_pipelines.pack.collate import collate
 from qwen2vl_train.generate import Sampling, generate, inference_dtype, open_model
 from qwen2vl_train.model.attention import resolve_backend
+from qwen2vl_train.model.qwen2vl import LogitsRequest
 from qwen2vl_train.model.weights import model_tensors, save_hf
 from tests.model.builders import SPECIAL, document, pack, reference_inputs, tiny_model
 
@@ -79,7 +83,10 @@ def test_greedy_generation_equals_transformers_on_the_exported_model(model, prom
         assert answer == found[0, batch.num_tokens :].tolist()
 
 
-def test_cached_steps_equal_reading_the_whole_sequence_again(model):
+@pytest.mark.parametrize("positions", ["mrope", "1d"])
+def test_cached_steps_equal_reading_the_whole_sequence_again(model, positions):
+    model = copy.deepcopy(model)
+    model.config = replace(model.config, positions=positions)
     # a clip longer than it is wide: its text goes on after its last step, in the prompt and in what is generated
     prompt = document([2, ("video", (6, 2, 4)), 3], seed=4)
     answer = generate(model, [prompt], 8, ())[0]
@@ -87,11 +94,8 @@ def test_cached_steps_equal_reading_the_whole_sequence_again(model):
     whole.input_ids = torch.cat((prompt.input_ids, torch.tensor(answer)))
     whole.labels = torch.full_like(whole.input_ids, -100)
     whole.media, whole.patches = prompt.media, prompt.patches
-    batch = pack([whole])
-    assert torch.equal(
-        batch.position_ids, position_ids(whole.input_ids, [(6, 2, 4)], SPECIAL.image_pad, SPECIAL.video_pad)
-    )
-    logits = model.hidden_states(batch) @ model.model.embed_tokens.weight.T
+    batch = collate(0, [whole], SPECIAL, 1 << 20, one_dimensional=positions == "1d")
+    logits = model(LogitsRequest(batch, torch.arange(batch.num_tokens)))
     assert logits.argmax(-1)[len(prompt.input_ids) - 1 : -1].tolist() == answer
 
 
