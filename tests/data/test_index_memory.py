@@ -2,17 +2,21 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.index import growth_of_workers, write_index
+from data_pipelines.cli import main
 from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.errors import ShardError
 from data_pipelines.index import places, source
 from data_pipelines.index.build import Counting, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.index.table import Columns
 from data_pipelines.loader import open_sources
 from data_pipelines.shards.storage import expand_shards
+from data_pipelines.shards.writer import ShardWriter
 
 
 def copy_shards(tiny, folder, name="texts"):
@@ -114,9 +118,6 @@ def test_the_roll_of_a_read_only_folder_lies_in_the_cache(tiny, tmp_path, counti
 
 
 def test_what_is_left_out_counts_against_the_limit_from_the_roll(tiny, tmp_path):
-    from data_pipelines.errors import ShardError
-    from data_pipelines.shards.writer import ShardWriter
-
     with ShardWriter(tmp_path, "s") as writer:
         for number in range(100):
             writer.write(f"{number:03d}", {"text": "a dog"} if number < 90 else {"messages": "none"}, {})
@@ -132,3 +133,12 @@ def test_the_same_lines_with_media_elsewhere_have_counts_of_their_own(tmp_path, 
     shards = [f"{lines}::{tmp_path}/a", f"{lines}::{tmp_path}/b", str(lines)]
     for _ in range(2):
         assert SourceIndex("lines", shards, counting).num_samples == 6
+
+
+def test_indexing_ahead_leaves_the_roll(tiny, tmp_path, monkeypatch, capsys):
+    shards = copy_shards(tiny, tmp_path)
+    assert main(["index", *shards, "--tokenizer", str(tiny.folder / "tokenizer"), "--max-tokens", "192"]) == 0
+    calls = opened(monkeypatch)
+    config = replace(tiny.config(texts=1.0), sources={"texts": SourceConfig((f"{tmp_path}/texts-*.tar",))})
+    open_sources(config, tiny.tokenizer)
+    assert calls == []
