@@ -103,24 +103,25 @@ def _train(options: argparse.Namespace) -> int:
     from qwen2vl_train.report import print_summary
     from qwen2vl_train.stages import run_chain
     from qwen2vl_train.training.failure import exit_after
-    from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted
+    from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted, StopRequest
     from qwen2vl_train.training.world import end_world, start_world
 
-    world = start_world(run.engine.timeout_s)
     code = 0
-    try:
-        summary = run_chain(run, settings, world)
-        if world.is_main:
-            print_summary(summary)
-        world.barrier()
-    except Preempted as order:
-        if world.is_main:
-            print(order, file=sys.stderr, flush=True)
-        world.barrier()
-        code = EXIT_PREEMPTED
-    except Exception as error:
-        exit_after(error, world)
-    end_world()  # here, where no exception's frames keep the engine in memory
+    with StopRequest(announce=os.environ.get("RANK", "0") == "0") as stop:
+        world = start_world(run.engine.timeout_s)
+        try:
+            summary = run_chain(run, settings, world, stop)
+            if world.is_main:
+                print_summary(summary)
+            world.barrier()
+        except Preempted as order:
+            if world.is_main:
+                print(order, file=sys.stderr, flush=True)
+            world.barrier()
+            code = EXIT_PREEMPTED
+        except Exception as error:
+            exit_after(error, world, EXIT_PREEMPTED if stop.is_cause_of(error) else None)
+        end_world()  # here, where no exception's frames keep the engine in memory
     return code
 
 

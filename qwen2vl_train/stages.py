@@ -7,6 +7,7 @@ The same command continues an interrupted chain: finished stages are skipped, th
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -28,29 +29,37 @@ from qwen2vl_train.report import write_report
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.environment import check_environment
 from qwen2vl_train.training.monitor import Monitor
-from qwen2vl_train.training.stopping import Preempted
+from qwen2vl_train.training.stopping import Preempted, StopRequest
 from qwen2vl_train.training.trainer import Trainer
+from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
 
 
-def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World) -> Path:
+def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: StopRequest) -> Path:
     """Run the chain and return the path of `summary.json`. Collective.
 
     `settings` is the resolved configuration, stored as `config.json` beside the results.
+
+    Raises:
+        Preempted: a signal asked to stop; the same command continues.
     """
     folder = Path(run.run_dir)
     world.from_main(lambda: _open_run(run, folder, settings, world))
     monitor = Monitor(folder, run.monitor, settings, active=world.is_main)
     try:
-        prepare_data(run, world, monitor)
-        world.from_main(lambda: _check_heldout(run))
-        monitor.console.print(check_environment(run, world))
-        tokenizer = TextTokenizer(run.data.tokenizer)
-        config = model_config(run, tokenizer)
-        trained = [_run_stage(run, name, config, world, monitor) for name in run.chain]
-        world.from_main(lambda: _summarise(run, folder, monitor.clock.seconds() / 60, any(trained)))
-        write_report_on_main(folder, world)
+        with Watchdog(run.watchdog, world, folder) as watchdog:
+            watchdog.note("preparing the data", limit_s=math.inf)
+            prepare_data(run, world, monitor)
+            world.from_main(lambda: _check_heldout(run))
+            watchdog.note("comparing the ranks")
+            monitor.console.print(check_environment(run, world))
+            tokenizer = TextTokenizer(run.data.tokenizer)
+            config = model_config(run, tokenizer)
+            trained = [_run_stage(run, name, config, world, monitor, stop, watchdog) for name in run.chain]
+            watchdog.note("writing the summary")
+            world.from_main(lambda: _summarise(run, folder, monitor.clock.seconds() / 60, any(trained)))
+            write_report_on_main(folder, world)
     finally:
         error = sys.exc_info()[1]
         monitor.close(failed=error is not None and not isinstance(error, Preempted))
@@ -110,7 +119,15 @@ def model_config(run: RunConfig, tokenizer: TextTokenizer) -> ModelConfig:
     return replace(config, text=replace(config.text, vocab_size=size)).with_token_ids(tokenizer.special)
 
 
-def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, monitor: Monitor) -> bool:
+def _run_stage(
+    run: RunConfig,
+    name: str,
+    config: ModelConfig,
+    world: World,
+    monitor: Monitor,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> bool:
     """Train, export and score stage `name`; False where that was done before. Collective."""
     folder = Path(run.run_dir) / name
     result = folder / "result.json"
@@ -121,6 +138,7 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
     if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return False
+    stop.obey(world, f"before {name}")
     stage = run.stages[name]
     init = world.from_main(lambda: initial_weights(run, name))
     length = f"{stage.tokens:,} tokens in steps" if stage.tokens else f"{stage.steps} steps"
@@ -129,12 +147,22 @@ def _run_stage(run: RunConfig, name: str, config: ModelConfig, world: World, mon
         f"on {world.size} rank(s), from {init or 'seeded random weights'}",
         highlight=False,
     )
+    watchdog.note(f"indexing the shards of {name}", limit_s=math.inf)
     index_data(name, stage.data, TextTokenizer(run.data.tokenizer), monitor)
-    progress = Trainer(run, name, init, config, world, monitor, resume).fit()
+    stop.obey(world, f"before {name}, its shards indexed")  # ranks meet before limits count again
+    progress = Trainer(run, name, init, config, world, monitor, resume).fit(stop, watchdog)
     report = Report({}, {}, [])
     if stage.evaluate and run.data.heldout:
+        stop.obey(world, f"before the evaluation of {name}")
+
+        def scored(count: int) -> None:
+            """Told before the first held-out set and after each."""
+            monitor.advance(count)
+            watchdog.note(f"evaluating {name}, {count} sets done", limit_s=run.watchdog.save_s)
+
         monitor.start_progress(f"{name} eval", len(run.data.heldout))
-        report = evaluate(folder / "export", run.data.heldout, stage.data, run.evaluation, world, monitor.advance)
+        scored(0)
+        report = evaluate(folder / "export", run.data.heldout, stage.data, run.evaluation, world, scored)
         monitor.stop_progress()
         monitor.log(name, progress.step, {f"held_out/{key}": value for key, value in report.metrics.items()})
         monitor.show(name, report.shown)

@@ -31,7 +31,8 @@ FAILURE_PREFIX, FAILURE_KEY = "failure", "first"
 _WAIT_S = 5.0
 
 
-def exit_after(error: Exception, world: World) -> NoReturn:
+_LINGER_S = 15.0  # the others look every 5 s at most (watchdog), and then have 5 s for an exception of their own
+def exit_after(error: Exception, world: World, code: int | None = None) -> NoReturn:
     """Say why this rank's work ended and end its process, with code 2 for what the user can mend and 1 else.
 
     Without leaving the process group: other ranks may wait in a collective that will never come.
@@ -47,14 +48,18 @@ def exit_after(error: Exception, world: World) -> NoReturn:
     is_consequence = isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(str(error)))
     # before the others can learn of it and end: torchrun looks for it as soon as one has
     _leave_for_torchrun(f"{trace}{_plainly(own)}", own["time_s"])
-    first = _first_cause(own, world, wait_only=is_consequence) or own
-    if first["rank"] == world.rank:
-        print(f"{trace}\n{_plainly(own)}", file=sys.stderr)
-    elif first["message"] != own["message"]:  # not the one mistake that all ranks find
-        print(f"\n{name_first_cause(first, world.rank)}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(2 if mendable else 1)
+    store = _connect(world)
+    first = _first_cause(own, store, wait_only=is_consequence) or own
+    try:
+        if first["rank"] == world.rank:
+            print(f"{trace}\n{_plainly(own)}", file=sys.stderr)
+        elif first["message"] != own["message"]:  # not the one mistake that all ranks find
+            print(f"\n{name_first_cause(first, world.rank)}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        leave_store(store, world)
+    finally:  # also where the disk of the log is full
+        os._exit(code or (2 if mendable else 1))
 
 
 def name_first_cause(first: dict[str, Any], rank: int) -> str:
@@ -74,6 +79,19 @@ def read_first_cause(failures: Store) -> dict[str, Any] | None:
 
 def leave_stall_for_torchrun(report: str) -> None:
     """Have torchrun's closing block repeat the watchdog's report."""
+def leave_store(store: Store | None, world: World) -> None:
+    """Tell the rank that hosts the store that this one has read the cause; that rank waits for it, for a while."""
+    if store is None:
+        return
+    with suppress(RuntimeError, ValueError):  # the store is gone, and so is its host
+        store.set(f"told/{world.rank}", "")
+        deadline = time.monotonic() + _LINGER_S
+        while world.hosts_store and time.monotonic() < deadline:
+            if store.check([f"told/{rank}" for rank in range(world.size)]):
+                break
+            time.sleep(0.1)
+
+
     _leave_for_torchrun(report, time.time())
 
 
@@ -92,16 +110,25 @@ def _leave_for_torchrun(text: str, time_s: float) -> None:
             os.replace(f"{path}.writing", path)  # torchrun may read it at any moment
 
 
-def _first_cause(own: dict[str, Any], world: World, wait_only: bool) -> dict[str, Any] | None:
-    """Claim the first place for `own`, or, when it is only a consequence, wait a little for whoever claims it."""
+def _connect(world: World) -> Store | None:
+    """A connection to the store; None where it went down with rank 0's node."""
     try:
-        store = world.connect_store(FAILURE_PREFIX)
+        return world.connect_store(FAILURE_PREFIX)
+    except (RuntimeError, ValueError, OSError):
+        return None
+
+
+def _first_cause(own: dict[str, Any], store: Store | None, wait_only: bool) -> dict[str, Any] | None:
+    """Claim the first place for `own`, or, when it is only a consequence, wait a little for whoever claims it."""
+    if store is None:
+        return None
+    try:
         deadline = time.monotonic() + _WAIT_S
         while wait_only and not store.check([FAILURE_KEY]):
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.1)
         winner: dict[str, Any] = json.loads(store.compare_set(FAILURE_KEY, "", json.dumps(own)))
-    except (RuntimeError, ValueError, OSError):
-        return None  # the store went down with rank 0's node
+    except (RuntimeError, ValueError):
+        return None  # it went down just now
     return winner

@@ -80,25 +80,31 @@ class Trainer:
             )
         self._accumulation = self._stage.packs_per_step // groups
 
-    def fit(self) -> Progress:
+    def fit(self, stop: StopRequest, watchdog: Watchdog) -> Progress:
         """Train to the stage's last step, resuming where the newest checkpoint left, and export. Collective.
 
         Raises:
             Preempted: a signal asked to stop; the checkpoint of the step that was being done is written.
         """
-        run = self._run
+        run, save_s = self._run, self._run.watchdog.save_s
+        watchdog.note(f"building the model of {self._name}", limit_s=save_s)
         engine = self._build_engine()
+        watchdog.note(f"opening the shards of {self._name}", limit_s=save_s)
         loader = self._open_loader()
-        store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._monitor.warn)
-        progress = self._resume(store, engine, loader)
         try:
-            progress = self._train(engine, loader, store, progress)
+            stop.obey(self._world, f"before the first step of {self._name}")
+            watchdog.note(f"looking for a checkpoint of {self._name}", limit_s=save_s)
+            store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._monitor.warn)
+            progress = self._resume(store, engine, loader)
+            progress = self._train(engine, loader, store, progress, stop, watchdog)
+            stop.obey(self._world, f"before the export of {self._name}")  # its last checkpoint is written
         except Preempted:
             engine.close()
             raise
         finally:
             self._monitor.stop_progress()
             loader.close()
+        watchdog.note(f"exporting {self._name}", limit_s=save_s)
         export_model(
             engine.full_tensors(), self._model_config, self._tokenizer, self._stage.data.media,
             self._folder / "export", getattr(torch, run.export_dtype), self._world,
@@ -107,7 +113,15 @@ class Trainer:
         self._sequence.close()
         return progress
 
-    def _train(self, engine: Engine, loader: Loader, store: CheckpointStore, progress: Progress) -> Progress:
+    def _train(
+        self,
+        engine: Engine,
+        loader: Loader,
+        store: CheckpointStore,
+        progress: Progress,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> Progress:
         """The loop: fetch, step, count, log, save."""
         stage, run, world = self._stage, self._run, self._world
         journal = Journal(
@@ -121,37 +135,36 @@ class Trainer:
         self._monitor.start_progress(f"{self._name:>10}", stage.length, progress.position(stage))
         # rank 0 always reads, and its loader's state is the one that is saved
         packs_of_steps = iter(loader) if self._sequence.reads else repeat([])
-        with StopRequest() as stop, Watchdog(run.watchdog, world, self._folder) as watchdog:
-            while (position := progress.position(stage)) < stage.length:
-                step = progress.step + 1
-                watchdog.note(f"waiting for the packs of step {step}")
-                packs = journal.window.timed_next(packs_of_steps)
-                engine.set_rates(rate_factor(position, stage.length, stage.schedule, unit))
-                mine = self._sequence.deal(packs)
-                watchdog.note(f"counting the labels of step {step}")
-                result = train_step(engine, mine, journal.totals, world, stop.requested, watchdog.note_pack, feed)
-                journal.count(packs)
-                ledger.add(packs)
-                progress.step = step
-                progress.trained_tokens += result.tokens
-                watchdog.note(f"bookkeeping of step {step}")
-                guard.check(result, mine, progress)
-                if spike := spikes.judge(result, progress):
-                    watchdog.note(f"going back from step {step}", limit_s=run.watchdog.save_s)
-                    if returned := self._roll_back(spike, mine, engine, store, spikes, journal, progress):
-                        progress = returned
-                        continue
-                done = progress.position(stage) >= stage.length
-                save = done or result.stop or (run.checkpoint.every and step % run.checkpoint.every == 0)
-                if save or progress.step % run.monitor.log_every == 0 or progress.step == 1:
-                    journal.log(engine, progress)
-                    store.poll()
-                if save:
-                    watchdog.note(f"writing the checkpoint of step {step}", limit_s=run.watchdog.save_s)
-                    path = store.save(engine, step, self._state(progress, loader), wait=done or result.stop)
-                    journal.window.reset()  # its time is not training time
-                    if result.stop and not done:
-                        raise Preempted(self._farewell(stop, progress.step, path))
+        while (position := progress.position(stage)) < stage.length:
+            step = progress.step + 1
+            watchdog.note(f"waiting for the packs of step {step}")
+            packs = journal.window.timed_next(packs_of_steps)
+            engine.set_rates(rate_factor(position, stage.length, stage.schedule, unit))
+            mine = self._sequence.deal(packs)
+            watchdog.note(f"counting the labels of step {step}")
+            result = train_step(engine, mine, journal.totals, world, stop.requested, watchdog.note_pack, feed)
+            journal.count(packs)
+            ledger.add(packs)
+            progress.step = step
+            progress.trained_tokens += result.tokens
+            watchdog.note(f"bookkeeping of step {step}")
+            guard.check(result, mine, progress)
+            if spike := spikes.judge(result, progress):
+                watchdog.note(f"going back from step {step}", limit_s=run.watchdog.save_s)
+                if returned := self._roll_back(spike, mine, engine, store, spikes, journal, progress):
+                    progress = returned
+                    continue
+            done = progress.position(stage) >= stage.length
+            save = done or result.stop or (run.checkpoint.every and step % run.checkpoint.every == 0)
+            if save or progress.step % run.monitor.log_every == 0 or progress.step == 1:
+                journal.log(engine, progress)
+                store.poll()
+            if save:
+                watchdog.note(f"writing the checkpoint of step {step}", limit_s=run.watchdog.save_s)
+                path = store.save(engine, step, self._state(progress, loader), wait=done or result.stop)
+                journal.window.reset()  # its time is not training time
+                if result.stop and not done:
+                    raise Preempted(self._farewell(stop, progress.step, path))
         return progress
 
     def _roll_back(

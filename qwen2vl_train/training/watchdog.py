@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self, TypeVar
+from typing import IO, Any, NoReturn, Self, TypeVar
 
 from torch._C._distributed_c10d import Store
 
@@ -37,6 +37,7 @@ from qwen2vl_train.config import WatchdogConfig
 from qwen2vl_train.training.failure import (
     FAILURE_PREFIX,
     leave_stall_for_torchrun,
+    leave_store,
     name_first_cause,
     read_first_cause,
 )
@@ -73,7 +74,10 @@ class Beat:
 
 
 class Watchdog:
-    """Entered around the training loop; `note` at each change of activity."""
+    """Entered around a whole run; `note` at each change of activity.
+
+    Where another rank fails, it also ends this one, which may wait for that rank in a collective (NCCL's never end).
+    """
 
     def __init__(self, config: WatchdogConfig, world: World, folder: Path) -> None:
         self._config = config
@@ -82,6 +86,7 @@ class Watchdog:
         self._beat = Beat(world.rank, socket.gethostname(), os.getpid())
         self._since, self._limit_s = time.monotonic(), config.stall_s
         self._tick_s = min(5.0, max(0.2, config.stall_s / 10))
+        self._stacks: IO[str] = sys.stderr
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
@@ -92,7 +97,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._config.stall_s > 0:
             self._notes = self._world.connect_store("watchdog")
-            self.note("starting the loop")
+            self.note("starting")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -109,7 +114,8 @@ class Watchdog:
     def note(self, activity: str, keys: Sequence[str] = (), limit_s: float | None = None) -> None:
         """This rank now does `activity` (with the samples `keys`), for at most `limit_s` seconds (None: `stall_s`).
 
-        Every rank must make the same notes in the same order.
+        Every rank must make the same notes in the same order. With `limit_s` infinite the ranks must meet before the
+        next note: whoever has made it waits under its limit.
         """
         # the clock first: the thread, which reads the beat first, never sees the new note as old as the one before
         self._since, self._limit_s = time.monotonic(), limit_s or self._config.stall_s
@@ -126,22 +132,28 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread: send beats; when this rank is overdue, find out with the others who stalls, tell and end."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        stacks = (self._folder / f"stacks-rank{self._world.rank}.txt").open("w")
         try:
+            self._open_stacks()
             store, failures = self._world.connect_store("watchdog"), self._world.connect_store(FAILURE_PREFIX)
             while not self._ended.wait(self._tick_s):
                 first = self._ask(lambda: read_first_cause(failures))
                 if first is not None and not self._ended.wait(_FAILURE_GRACE_S):
-                    print(f"\n{name_first_cause(first, self._world.rank)}", file=sys.stderr, flush=True)
-                    os._exit(1)  # NCCL would leave this rank waiting for the one that failed
+                    self._end_after(first, failures)
                 # Fires from C if this thread cannot run for so long because other code holds the interpreter.
-                faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=stacks)
+                faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=self._stacks)
                 beat = self._ask(lambda: self._tick(store))
                 if beat.still_s > self._limit_s:
                     self._end_run(store, beat.notes)
-        except (RuntimeError, TimeoutError) as error:
+        except Exception as error:  # whatever it is: without this thread a stalled rank would never end
             self._watch_alone(error)
+
+    def _open_stacks(self) -> None:
+        """This rank's stacks go to a file that keeps those of earlier starts; without room for it, to stderr."""
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = (self._folder / f"stacks-rank{self._world.rank}.txt").open("a")
+            print(f"--- {time.strftime('%F %T')}: process {os.getpid()} starts", file=file, flush=True)
+            self._stacks = file
 
     def _ask(self, talk: Callable[[], T]) -> T:
         """What `talk`, which asks the store, answers; from yet another thread, since only connecting has a time limit.
@@ -150,10 +162,11 @@ class Watchdog:
         """
         return self._talker.submit(talk).result(_ANSWER_S)
 
-    def _watch_alone(self, error: RuntimeError | TimeoutError) -> None:
+    def _watch_alone(self, error: Exception) -> None:
         """The store went with its host, or that is what is stuck: the others cannot be asked any more."""
         why = str(error) or f"nothing within {_ANSWER_S:.0f} s"
-        print(f"rank {self._world.rank}: the rendezvous store does not answer ({why})", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"rank {self._world.rank}: the rendezvous store does not answer ({why})", file=sys.stderr, flush=True)
         while not self._ended.wait(self._tick_s):
             if time.monotonic() - self._since > self._limit_s:
                 beat = replace(self._beat, still_s=time.monotonic() - self._since, stack=self._stack())
@@ -192,7 +205,8 @@ class Watchdog:
         speaker = min((rank for rank in beats if rank not in silent), default=self._world.rank)
         if speaker == self._world.rank:
             text = describe_stall(beats, silent, self._config.stall_s)
-            (self._folder / "stall.txt").write_text(text)
+            with suppress(OSError), (self._folder / "stall.txt").open("a") as file:
+                file.write(f"{text}\n")
             self._ask(lambda: store.set("reported", text))
         else:
             text = self._ask(lambda: store.get("reported").decode())  # waits for it
@@ -202,12 +216,21 @@ class Watchdog:
 
     def _end_process(self, report: str, say: bool = True) -> NoReturn:
         """Nothing but this ends a main thread that waits inside a collective."""
-        leave_stall_for_torchrun(report)
-        if say:
-            print(report, file=sys.stderr, flush=True)
-        with (self._folder / f"stacks-rank{self._world.rank}.txt").open("a") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        os._exit(EXIT_STALLED)
+        try:
+            leave_stall_for_torchrun(report)
+            if say:
+                print(report, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+        finally:  # also where the disk is full
+            os._exit(EXIT_STALLED)
+
+    def _end_after(self, first: dict[str, Any], failures: Store) -> NoReturn:
+        """End this rank because another one failed."""
+        try:
+            print(f"\n{name_first_cause(first, self._world.rank)}", file=sys.stderr, flush=True)
+            leave_store(failures, self._world)
+        finally:
+            os._exit(1)
 
     def _read(self, store: Store) -> dict[int, Beat]:
         names = {rank: f"beat/{rank}" for rank in range(self._world.size)}

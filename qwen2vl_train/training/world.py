@@ -39,6 +39,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def hosts_store(self) -> bool:
+        """Whether the rendezvous store lives in this process, and ends with it; torchrun's agent holds it else."""
+        return self.is_main and self.size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()

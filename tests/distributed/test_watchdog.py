@@ -56,7 +56,7 @@ def test_a_hanging_rank_is_named_with_its_activity_samples_and_stack(tmp_path, k
     assert "rank 0 holds up" not in finished.stderr
     for words in wanted:
         assert words in finished.stderr, words
-    assert (tmp_path / "main" / "stall.txt").read_text().strip() in finished.stderr
+    assert (tmp_path / "stall.txt").read_text().strip() in finished.stderr
     closing = finished.stderr[finished.stderr.rindex("Root Cause") :]
     assert "rank 1 holds up the others" in closing
 

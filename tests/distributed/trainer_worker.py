@@ -9,7 +9,7 @@ Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the option
     tokens: the stage's length in them, for steps     warmup_tokens, schedule
     bad_packs: {number: "loss" | "gradient" | "spike"}   guard, watchdog: fields of their configurations
     leave_out: numbers of steps (from 0) whose packs the loader passes over
-    fault: {"kind": "data" | "forward" | "stop" | "raise" | "diskfull", "rank": r, "step": s}
+    fault: {"kind": "data" | "forward" | "stop" | "term" | "raise", "rank": r, "step": s}
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ from qwen2vl_train.training.checkpoint import CheckpointStore
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.failure import exit_after
 from qwen2vl_train.training.monitor import Monitor
-from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted
+from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted, StopRequest
 from qwen2vl_train.training.trainer import Trainer
+from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.world import World, end_world, start_world
 from tests.distributed.packs import SPECIAL, document, model_config, uneven_packs
 
@@ -120,6 +121,8 @@ def faulty_forward(options: dict, world: World, packs_per_step: int):
             time.sleep(1000)
         if here and fault["kind"] == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if here and fault["kind"] == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
         if here and fault["kind"] == "raise":
             raise RuntimeError(f"the cause lies in pack {batch.number}")
         output = plain(self, batch)
@@ -177,7 +180,7 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
         monitor=MonitorConfig("disabled", log_every=1),
         evaluation=EvaluationConfig(),
         guard=GuardConfig(**options.get("guard", {})),
-        watchdog=WatchdogConfig(**options.get("watchdog", {"stall_s": 60})),
+        watchdog=WatchdogConfig(**{"stall_s": 60, "save_s": 100} | options.get("watchdog", {})),
         resume=options.get("resume", "auto"),
     )
 
@@ -190,7 +193,11 @@ def slowly(tensors, pause_s: float):
 
 
 def main() -> int:
-    run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    with StopRequest() as stop:
+        return train(Path(sys.argv[1]), json.loads(sys.argv[2]), stop)
+
+
+def train(run_dir: Path, options: dict, stop: StopRequest) -> int:
     torch.set_num_threads(1)
     run = configure(run_dir, options)
     world = start_world(run.engine.timeout_s)
@@ -228,7 +235,8 @@ def main() -> int:
     init = Path(options["init"]) if "init" in options else None
     code = 0
     try:
-        Trainer(run, "main", init, run.model.config, world, monitor, run.resume).fit()
+        with Watchdog(run.watchdog, world, run_dir) as watchdog:
+            Trainer(run, "main", init, run.model.config, world, monitor, run.resume).fit(stop, watchdog)
     except Preempted as order:
         print(order, file=sys.stderr)
         code = EXIT_PREEMPTED
