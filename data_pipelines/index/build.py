@@ -35,9 +35,10 @@ from data_pipelines.index.places import side_places
 from data_pipelines.index.read import media_refs
 from data_pipelines.index.roll import Roll
 from data_pipelines.index.samples import FORMAT, IndexRow, ShardIndex, index_columns
-from data_pipelines.index.table import Array, ColumnError, Columns, write_columns, write_whole
+from data_pipelines.index.table import Array, ColumnError, Columns, write_columns
 from data_pipelines.shards.names import is_remote
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, open_shard, read_beside
+from data_pipelines.whole import write_whole
 
 if TYPE_CHECKING:
     from data_pipelines.tokenizer import TextTokenizer

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.index.places import side_places
-from data_pipelines.index.table import write_whole
 from data_pipelines.shards.names import file_of, is_remote, split_name
+from data_pipelines.whole import write_whole
 
 _FORMAT = 1
 # Size, time of the last change of the content and of the file: what a copy or a new file has otherwise.

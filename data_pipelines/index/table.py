@@ -9,7 +9,6 @@ share the pages. A file that is cut or of another format is refused, never half 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.numpy import save
+
+from data_pipelines.whole import write_whole
 
 Array = npt.NDArray[Any]
 
@@ -90,17 +91,3 @@ def write_columns(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, An
     # safetensors sorts by alignment, so every array begins at a multiple of its item size.
     data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"index": json.dumps(meta)})
     write_whole(path, data)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` so that the file at `path` is the old one, or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

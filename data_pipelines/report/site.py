@@ -8,7 +8,6 @@ a page of 2,000 samples is 1 MB to open, where embedded pictures would be 60 MB.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.samples import LedgerEvent
+from data_pipelines.whole import write_whole
 
 MAX_PROBLEMS = 500
 MARK = "qwen2vl-data inspection page"  # by which a folder is known to be ours, and may be written anew
@@ -83,12 +83,7 @@ def write_site(page: Page, folder: Path) -> Path:
         "</body>\n</html>\n"
     )
     path = folder / "index.html"
-    aside = folder / f".index.html.{os.getpid()}.writing"
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, text)
     return path
 
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import webdataset
 
 from data_pipelines.errors import RecordError, ShardError
+from data_pipelines.whole import write_whole
 
 MANIFEST_NAME = "manifest.json"
 
@@ -154,9 +155,4 @@ class ShardWriter:
 
 def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that `path` holds either the whole of it or what it held before."""
-    aside = path.with_name(f".{path.name}.part")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

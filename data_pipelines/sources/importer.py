@@ -29,6 +29,7 @@ from data_pipelines.sources.duplicates import drop_duplicates
 from data_pipelines.sources.finish import Treatment, attempt
 from data_pipelines.sources.item import Item, problem
 from data_pipelines.sources.pictures import media_bytes
+from data_pipelines.whole import write_whole
 
 LEDGER_NAME = "ledger.jsonl"
 PROGRESS_FOLDER = ".import"
@@ -307,9 +308,7 @@ def _manifest(settings: ImportSettings, results: list[ShardResult], report: Impo
 
 def _write_ledger(path: Path, events: list[LedgerEvent]) -> None:
     lines = "".join(json.dumps(asdict(event), ensure_ascii=True) + "\n" for event in events)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(lines, encoding="ascii")
-    aside.replace(path)
+    write_whole(path, lines)
 
 
 def _remove_folder(folder: Path) -> None:

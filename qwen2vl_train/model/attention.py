@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -132,8 +132,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causa
         query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
     borders, longest = segments.cu_seqlens, segments.max_seqlen
     window = (-1, 0) if causal else (-1, -1)
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _SAYS_GROUPED else {}
-    mixed: Tensor = varlen_attn(
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _SAYS_GROUPED else {}
+    mixed = varlen_attn(
         query, key, value, borders, borders, longest, longest, scale=head_dim**-0.5, window_size=window, **grouped
     )
+    assert isinstance(mixed, Tensor)  # a pair only where more is asked for
     return mixed[..., :head_dim] if padding else mixed

@@ -6,10 +6,10 @@ script, charts and pictures are inside. Cost: about a second for 10,000 metric l
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
+from data_pipelines.whole import write_whole
 from qwen2vl_train.report.curves import curves_section
 from qwen2vl_train.report.figures import duration
 from qwen2vl_train.report.folder import Run, read_run
@@ -41,13 +41,8 @@ def write_report(run_dir: Path) -> Path:
     """
     text = render(read_run(run_dir), now=time.time())
     path = run_dir / "report.html"
-    aside = run_dir / f".report.html.{os.getpid()}.writing"  # a run and a person may write at the same time
-    try:
-        # A lone surrogate in a sample's JSON has no UTF-8 form; it becomes "?" and must not cost the page.
-        aside.write_bytes(text.encode("utf-8", errors="replace"))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    # A lone surrogate in a sample's JSON has no UTF-8 form; it becomes "?" and must not cost the page.
+    write_whole(path, text.encode("utf-8", errors="replace"))
     return path
 
 

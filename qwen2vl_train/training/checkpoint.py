@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.whole import flush_to_disk, write_whole
 from qwen2vl_train.config import CheckpointConfig
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.world import World
@@ -137,7 +138,7 @@ class CheckpointStore:
         for path in sorted(aside.rglob("*")):
             found = _RANK_OF_FILE.search(path.name)
             if path.is_file() and (int(found.group(1)) if found else 0) == self._world.rank:
-                _flush(path)
+                flush_to_disk(path)
                 entries[str(path.relative_to(aside))] = (path.stat().st_size, _checksum(path))
         return entries
 
@@ -146,14 +147,14 @@ class CheckpointStore:
         path = aside / "state.json"
         write_json(aside / "manifest.json", manifest | {"state.json": (path.stat().st_size, _checksum(path))})
         for folder in {aside, *((aside / name).parent for name in manifest)}:
-            _flush(folder)
+            flush_to_disk(folder)
         if final.exists():  # a step done again after a resume from an earlier one
             replaced = final.with_name(f".replaced-{final.name}")
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         aside.rename(final)
-        _flush(self._folder)
-        _write_text(self._folder / "latest", final.name)
+        flush_to_disk(self._folder)
+        write_whole(self._folder / "latest", final.name)
         self._prune(final)
 
     def _prune(self, newest: Path) -> None:
@@ -273,7 +274,7 @@ def fault_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that the file is old or new, never half."""
-    _write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _convert(path: Path, converted: Path) -> None:
@@ -297,14 +298,6 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    _flush(aside)
-    aside.replace(path)
-    _flush(path.parent)
-
-
 def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
@@ -317,12 +310,3 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _flush(path: Path) -> None:
-    """Force a file's bytes, or a directory's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,8 @@ import json
 import time
 from pathlib import Path
 
+from data_pipelines.whole import write_whole
+
 
 class RunClock:
     """Seconds of the invocations before and of this one."""
@@ -28,6 +30,5 @@ class RunClock:
 
     def save(self) -> None:
         """Count this invocation until now, whatever becomes of it."""
-        aside = self._path.with_name(f".{self._path.name}.writing")
-        aside.write_text(json.dumps({"seconds": round(self.seconds(), 3)}))
-        aside.replace(self._path)
+        # not flushed: beside a checkpoint that is being written, waiting for the disk would hold training up
+        write_whole(self._path, json.dumps({"seconds": round(self.seconds(), 3)}), flush=False)

@@ -16,10 +16,12 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store
 
+from data_pipelines.whole import write_whole
 from qwen2vl_train.training.world import World
 
 _CONSEQUENCE = re.compile(
@@ -29,9 +31,9 @@ _CONSEQUENCE = re.compile(
 )
 FAILURE_PREFIX, FAILURE_KEY = "failure", "first"
 _WAIT_S = 5.0
-
-
 _LINGER_S = 15.0  # the others look every 5 s at most (watchdog), and then have 5 s for an exception of their own
+
+
 def exit_after(error: Exception, world: World, code: int | None = None) -> NoReturn:
     """Say why this rank's work ended and end its process, with code 2 for what the user can mend and 1 else.
 
@@ -77,8 +79,6 @@ def read_first_cause(failures: Store) -> dict[str, Any] | None:
     return first
 
 
-def leave_stall_for_torchrun(report: str) -> None:
-    """Have torchrun's closing block repeat the watchdog's report."""
 def leave_store(store: Store | None, world: World) -> None:
     """Tell the rank that hosts the store that this one has read the cause; that rank waits for it, for a while."""
     if store is None:
@@ -92,6 +92,8 @@ def leave_store(store: Store | None, world: World) -> None:
             time.sleep(0.1)
 
 
+def leave_stall_for_torchrun(report: str) -> None:
+    """Have torchrun's closing block repeat the watchdog's report."""
     _leave_for_torchrun(report, time.time())
 
 
@@ -104,10 +106,8 @@ def _leave_for_torchrun(text: str, time_s: float) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": text, "timestamp": str(int(time_s))}
-        with suppress(OSError), open(f"{path}.writing", "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
-        with suppress(OSError):
-            os.replace(f"{path}.writing", path)  # torchrun may read it at any moment
+        with suppress(OSError):  # whole, because torchrun may read it at any moment
+            write_whole(Path(path), json.dumps({"message": {"message": text, "extraInfo": extra}}), flush=False)
 
 
 def _connect(world: World) -> Store | None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from data_pipelines.whole import write_whole
 from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.training.clock import RunClock
 from qwen2vl_train.training.shown import Shown
@@ -56,9 +57,7 @@ class Monitor:
             return
         lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if (read := json.loads(line))["stage"] != stage or read["step"] <= step]
-        aside = self._path.with_name(f".{self._path.name}.writing")
-        aside.write_text("".join(f"{line}\n" for line in kept))
-        aside.replace(self._path)
+        write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
     def show(self, stage: str, samples: Sequence[Shown]) -> None:
         """A wandb table of held-out pictures with true and predicted text and boxes."""
