@@ -1,8 +1,8 @@
 """The report of runs in every state, from a folder made by hand."""
 
 import json
-import os
 import math
+import os
 import random
 import re
 import subprocess
