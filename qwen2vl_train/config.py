@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +145,7 @@ class EngineConfig:
     reduce_bucket_size: int = 50_000_000
     max_live_parameters: int = 1_000_000_000
     overlap_comm: bool = True
-    timeout_s: float = 1800.0
+    timeout_s: float = 5400.0
     sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
@@ -251,12 +251,17 @@ class GuardConfig:
 class WatchdogConfig:
     """A rank that makes no progress for `stall_s` seconds is named and the run ends; 0 switches the watchdog off.
 
-    Keep it below `engine.timeout_s`, after which the process group ends the run without saying why. Writing a
-    checkpoint may take `save_s` seconds.
+    What lies outside the steps may take `save_s` seconds a piece: loading the model, writing a checkpoint or the
+    export, one held-out set. Both lie below `engine.timeout_s`, after which the process group ends the run without
+    saying why.
     """
 
     stall_s: float = 900.0
     save_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not (self.stall_s >= 0 and self.save_s > 0):
+            raise ValueError(f"stall_s={self.stall_s} must not be negative and save_s={self.save_s} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -324,6 +329,13 @@ class RunConfig:
                     f"stages.{name}.data.positions={stage.data.positions}, model.config.positions="
                     f"{self.model.config.positions}: a model answers with the positions it was trained with; set "
                     "model.config.positions, which the stages follow"
+                )
+        for name, limit_s in asdict(self.watchdog).items():
+            if self.watchdog.stall_s and limit_s >= self.engine.timeout_s:
+                raise ValueError(
+                    f"watchdog.{name}={limit_s:g} is not below engine.timeout_s={self.engine.timeout_s:g}, at which "
+                    "waiting ranks would end the run before the watchdog says for whom; raise engine.timeout_s or "
+                    f"lower watchdog.{name}"
                 )
         if self.guard.spike_sigma and not self.checkpoint.every:
             raise ValueError(

@@ -66,6 +66,8 @@ def test_a_missing_place_is_named():
             r"schedule\.warmup_steps=20 in a stage of tokens=1000000: set it to 0 and schedule\.warmup_tokens instead",
         ),
         (["guard={spike_sigma: 6}", "checkpoint.every=0"], r"guard\.spike_sigma=6\.0 .* set checkpoint\.every"),
+        (["watchdog={stall_s: 5400}"], r"watchdog\.stall_s=5400 is not below engine\.timeout_s=5400.* raise engine"),
+        (["engine.timeout_s=600"], r"watchdog\.stall_s=900 is not below engine\.timeout_s=600"),
         (["engine.zero_stage=9"], r"engine\.zero_stage = 9: Input should be 0, 1, 2 or 3"),
         (["engine.zero_stage=2", "engine.offload_parameters=true"], r"offload_parameters=true needs zero_stage=3"),
         (
