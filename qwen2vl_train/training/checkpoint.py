@@ -238,7 +238,7 @@ class CheckpointStore:
                 f"{path} was written with {state['engine']}, this run has {engine.signature}: use the same engine "
                 "settings, or start the stage from its predecessor's export with resume=none"
             )
-        if state["world"] == self._world.size:
+        if state["world"] == self._world.size or not engine.partitioned:
             engine.load(path)
             return state
         converted = path.with_name(f".universal-{path.name}")
@@ -284,6 +284,8 @@ def _convert(path: Path, converted: Path) -> None:
     places = ["--input_folder", str(path / "engine"), "--output_folder", str(converted / "engine")]
     # one worker each: more processes raced on folders they both create, and conversion is bound by the disk
     settings = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    # stages 1 and 2: what it then adds is the version of the form alone, which only Megatron's engines leave themselves
+    settings.append("--inject_missing_state")
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *settings]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     answer = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)

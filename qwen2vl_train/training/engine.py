@@ -158,6 +158,11 @@ class Engine:
         """What a checkpoint must have been written with to fit: it decides which tensors the files hold."""
         return f"zero_stage={self._zero_stage} precision={self._precision}"
 
+    @property
+    def partitioned(self) -> bool:
+        """What a rank's checkpoint files hold depends on the number of ranks."""
+        return self._zero_stage > 0
+
     def checkpoint_bytes(self) -> int:
         """About what `save` writes over all ranks: the model, float32 master weights and two moments."""
         parameters = list(self._engine.module.parameters())
@@ -191,28 +196,32 @@ class Engine:
         return held
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote at the same world size. Collective."""
+        """Restore what `save` wrote at the same world size (stage 0, which partitions nothing: at any). Collective.
+
+        Parameters, moments and counts of updates are the checkpoint's; learning rates, weight decay, betas and epsilon
+        are this run's, where DeepSpeed would bring back those that the checkpoint was written with.
+        """
+        groups = self._engine.basic_optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_lr_scheduler_states=False)
         if loaded is None:
-            raise ValueError(f"{folder}: DeepSpeed found no checkpoint in it; choose another or set resume=none")
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint in it; name another one with resume=PATH")
+        for group, kept in zip(self._engine.basic_optimizer.param_groups, settings, strict=True):
+            group.update(kept)
 
     def load_universal(self, folder: Path) -> None:
         """Restore a universal checkpoint (converted from any world size) under `folder`/engine. Collective.
 
-        Mends what DeepSpeed 0.19.8 leaves wrong in silence: it gives every group the first group's settings, and all
-        groups one shared `step` tensor, which AdamW then advances once per group. Frozen parameters are not in a
-        universal checkpoint: they keep the values that the model was built with.
+        Mends what DeepSpeed 0.19.8 leaves wrong in silence: it gives every group the first group's settings (see
+        `load`), and all groups one shared `step` tensor, which AdamW then advances once per group. Frozen parameters
+        are not in a universal checkpoint: they keep the values that the model was built with.
         """
-        optimizer = self._engine.basic_optimizer
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = True
         try:
             self.load(folder)
         finally:
             self._engine._config.load_universal_checkpoint = False
-        for group, kept in zip(optimizer.param_groups, settings, strict=True):
-            group.update(kept)
-        for state in optimizer.state.values():
+        for state in self._engine.basic_optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
 

@@ -1,0 +1,58 @@
+"""What a resumed engine takes from its checkpoint and what from its configuration; every ZeRO stage moves its ranks."""
+
+import json
+
+import pytest
+import torch
+
+from tests.distributed.launch import torchrun
+
+pytestmark = pytest.mark.distributed
+
+
+def train(ranks, folder, **options):
+    """What rank 0 saw of training in `folder`."""
+    out = folder / "seen.pt"
+    folder.mkdir(exist_ok=True)
+    checkpoints = folder / "main" / "checkpoints"
+    done = torchrun(ranks, "tests.distributed.store_worker", checkpoints, json.dumps(options | {"out": str(out)}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "before", "after"),
+    [
+        (1, 2, 1),
+        pytest.param(0, 2, 1, marks=pytest.mark.slow),
+        pytest.param(0, 1, 2, marks=pytest.mark.slow),
+        pytest.param(1, 1, 2, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, 2, marks=pytest.mark.slow),
+        pytest.param(3, 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_every_zero_stage_continues_on_another_number_of_ranks(tmp_path, zero_stage, before, after):
+    """Against 4 steps without a break; ranks add up in another order, so losses agree to float32's rounding."""
+    whole = train(before, tmp_path / "whole", zero_stage=zero_stage, every=9)
+    train(before, tmp_path / "moved", zero_stage=zero_stage, steps=2)
+    moved = train(after, tmp_path / "moved", zero_stage=zero_stage)
+    assert moved["from"].endswith("step-00000002")
+    assert set(moved["updates"]) == {2}
+    assert moved["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+    for name, weight in whole["weights"].items():
+        assert float((moved["weights"][name] - weight).norm() / weight.norm().clamp(min=1e-12)) < 1e-4, name
+
+
+@pytest.mark.parametrize("zero_stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
+def test_the_optimizers_settings_are_those_of_the_resumed_run_and_its_state_the_checkpoints(tmp_path, zero_stage):
+    train(1, tmp_path, zero_stage=zero_stage, steps=2)
+    first = torch.load(tmp_path / "seen.pt")["weights"]
+    changed = train(1, tmp_path, zero_stage=zero_stage, steps=2, rate=5e-4, weight_decay=0.3, betas=[0.8, 0.9])
+    assert changed["from"].endswith("step-00000002")
+    for group in changed["settings"]:
+        assert group["peak_lr"] == 5e-4
+        assert group["weight_decay"] == (0.0 if "no_decay" in group["name"] else 0.3)
+        assert tuple(group["betas"]) == (0.8, 0.9)
+    assert set(changed["updates"]) == {2}
+    assert all(torch.equal(changed["weights"][name], first[name]) for name in first)
