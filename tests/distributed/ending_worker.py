@@ -1,0 +1,38 @@
+"""One rank of a run without a model, outside the loop's steps: it fails, stalls or waits for the others.
+
+Usage: ending_worker FOLDER OPTIONS.json    {"fails": rank} raises there, and the other ranks wait without an end, as in
+a collective of NCCL; with "collective": true they wait in one of gloo. {"stall_s": s} of the watchdog.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from qwen2vl_train.config import WatchdogConfig
+from qwen2vl_train.training.failure import exit_after
+from qwen2vl_train.training.watchdog import Watchdog
+from qwen2vl_train.training.world import World, start_world
+
+
+def run(world: World, folder: Path, options: dict) -> None:
+    with Watchdog(WatchdogConfig(options.get("stall_s", 60), 100), world, folder) as watchdog:
+        watchdog.note("loading the model")
+        if options.get("fails") == world.rank:
+            raise RuntimeError("the weights are of another model")
+        if options.get("collective"):
+            world.barrier()
+        time.sleep(1000)
+
+
+def main() -> None:
+    world = start_world(120)
+    try:
+        run(world, Path(sys.argv[1]), json.loads(sys.argv[2]))
+    except Exception as error:
+        exit_after(error, world)
+
+
+main()

@@ -1,0 +1,66 @@
+"""How a run ends outside its steps, and without torchrun: first causes, stalls on a full disk, stacks that are kept."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.distributed.launch import ROOT, environment
+
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
+
+
+def start_ranks(folder, ranks, stderr=subprocess.PIPE, **options):
+    """Bare ranks, as SLURM and the deepspeed launcher start them: the store lives in rank 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "tests.distributed.ending_worker", str(folder), json.dumps(options)]
+    places = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **places), stderr=stderr, text=True
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("collective", [False, True], ids=["in no collective that ends", "in a collective of gloo"])
+def test_the_cause_of_the_rank_that_hosts_the_store_reaches_the_others(tmp_path, collective):
+    first, second = start_ranks(tmp_path, 2, fails=0, collective=collective)
+    said = first.communicate(timeout=120)[1]
+    ended = time.monotonic()
+    told = second.communicate(timeout=60)[1]
+    assert time.monotonic() - ended < 30
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert said.rstrip().endswith("error (rank 0): RuntimeError: the weights are of another model")
+    assert "rank 1 ended: rank 0" in told
+    assert told.rstrip().endswith("error (rank 0): RuntimeError: the weights are of another model")
+
+
+def test_a_rank_that_fails_outside_the_loop_ends_those_that_wait_for_it(tmp_path):
+    first, second = start_ranks(tmp_path, 2, fails=1)
+    second.communicate(timeout=120)
+    ended = time.monotonic()
+    told = first.communicate(timeout=60)[1]
+    assert time.monotonic() - ended < 30
+    assert told.rstrip().endswith("error (rank 1): RuntimeError: the weights are of another model")
+
+
+def test_a_stalled_rank_ends_with_76_though_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with open("/dev/full", "w") as full:
+        (rank,) = start_ranks(tmp_path / "file" / "run", 1, stderr=full, stall_s=1)
+        assert rank.wait(120) == 76
+
+
+def test_a_second_stall_leaves_the_first_ones_report_and_stacks(tmp_path):
+    for _ in range(2):
+        (rank,) = start_ranks(tmp_path, 1, stall_s=1)
+        assert "It was at: loading the model" in rank.communicate(timeout=120)[1]
+        assert rank.returncode == 76
+    assert (tmp_path / "stall.txt").read_text().count("STALLED") == 2
+    assert (tmp_path / "stacks-rank0.txt").read_text().count("ending_worker.py") >= 2
