@@ -109,7 +109,7 @@ def build_missing(
         ShardError: a shard cannot be read; the others are finished first.
     """
     if counting is not None:
-        known = Roll(shards, counting.name).known
+        known = Roll(shards, counting.name, remote).known
         shards = [shard for shard in shards if shard not in known]
     # Threads, because a remote shard takes several requests to look at; local ones are done in the same breath.
     with ThreadPoolExecutor(remote.max_requests if any(map(is_remote, shards)) else 1) as pool:

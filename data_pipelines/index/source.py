@@ -65,6 +65,7 @@ class SourceIndex:
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._files = OpenShards(remote=remote)
         self._counts: Counts | None = None
+        self._remote_sizes: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[type[SourceIndex], tuple[str, tuple[str, ...], Counting, RemoteConfig]]:
         return SourceIndex, (self.name, self.shards, self.counting, self.remote)
@@ -86,10 +87,11 @@ class SourceIndex:
             ShardError: a shard cannot be read.
         """
         if self._counts is None:
-            roll = Roll(self.shards, self.counting.name)
+            roll = Roll(self.shards, self.counting.name, self.remote)
             missing = [number for number, shard in enumerate(self.shards) if shard not in roll.known]
             counted = {self.shards[number]: self.table(number).counts() for number in missing}
             roll.add(counted)
+            self._remote_sizes = {shard: size for shard, size in roll.sizes.items() if is_remote(shard)}
             self._counts = Counts.sum([*roll.known.values(), *counted.values()])
         return self._counts
 
@@ -169,9 +171,11 @@ class SourceIndex:
         self._tables.clear()
 
     def _size(self, shard: int) -> int:
-        """Bytes of a shard; of a remote one as indexed, which spares a request."""
+        """Bytes of a shard; of a remote one as its server or its index said before, which spares a request."""
         path = self.shards[shard]
-        return int(self.table(shard).index.columns.meta["size"]) if is_remote(path) else os.path.getsize(file_of(path))
+        if not is_remote(path):
+            return os.path.getsize(file_of(path))
+        return self._remote_sizes.get(path) or int(self.table(shard).index.columns.meta["size"])
 
 
 def _base_name(shard: str) -> str:

@@ -33,6 +33,8 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "Last-Modified")
 class RemoteFile:
     """A shard behind a URL; a `ShardFile`. `name` is the URL without its query, which may hold a signature.
 
+    `version` is what the server says of its content (ETag, or time of the last change), "" if it says nothing.
+
     Raises:
         ShardError: it does not exist, its size is not told, or it cannot be read for longer than all attempts take.
     """
@@ -49,8 +51,8 @@ class RemoteFile:
                 self.name, "unknown_size", "its server does not tell its size: read it with reader: webdataset"
             )
         self.size: int = facts["size"]
-        self._version = next((str(facts[name]) for name in _VERSIONS if facts.get(name)), "")
-        digest = hashlib.blake2b(f"{self.name}\n{self.size}\n{self._version}\n{self._block}".encode(), digest_size=12)
+        self.version = next((str(facts[name]) for name in _VERSIONS if facts.get(name)), "")
+        digest = hashlib.blake2b(f"{self.name}\n{self.size}\n{self.version}\n{self._block}".encode(), digest_size=12)
         self._key = digest.hexdigest()
         self._cache = BlockCache(Path(config.cache_dir).expanduser(), config.cache_mb << 20)
 
@@ -99,14 +101,14 @@ class RemoteFile:
 
         Kept in the cache while the server tells the same version (ETag, or time of the last change).
         """
-        held = self._cache.read(f"{self._key}-tag", 0, TAG_LENGTH) if self._version else None
+        held = self._cache.read(f"{self._key}-tag", 0, TAG_LENGTH) if self.version else None
         if held is not None:
             return held.decode()
         try:
             tag = content_tag(self.size, lambda offset, size: self._range(offset, offset + size))
         except _NoRangesError:
-            if self._version:
-                return hashlib.blake2b(f"{self.size} {self._version}".encode(), digest_size=8).hexdigest()
+            if self.version:
+                return hashlib.blake2b(f"{self.size} {self.version}".encode(), digest_size=8).hexdigest()
             return content_tag(self.size, self.read)
         self._cache.put(f"{self._key}-tag", tag.encode())
         return tag

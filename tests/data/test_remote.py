@@ -306,6 +306,25 @@ def test_an_index_uploaded_with_its_shards_is_used(tiny, server, remote, tmp_pat
     assert len(list((tmp_path / "index").glob("*.tar.index"))) == 5
 
 
+def test_remote_shards_on_the_roll_open_with_two_requests_each(tiny, server, remote, tmp_path):
+    address, faults = server
+    for path in tiny.folder.glob("*.tar"):
+        shutil.copy(path, tmp_path / "www")
+    config = over_http(tiny, address, remote)
+    expected = PackLoader(config, tiny.tokenizer, 4, 0, 1, seed=0).state_dict()
+    faults.requests.clear()
+    again = PackLoader(config, tiny.tokenizer, 4, 0, 1, seed=0)
+    heads = faults.requests["HEAD", "whole"]
+    assert again.state_dict() == expected
+    # of five shards: what is to be built, and what is in them; and one for each pattern's folder
+    assert heads == faults.requests["HEAD", "whole"] == 5 * 2 + 2
+    for path in (tmp_path / "www").glob("texts-*.tar"):
+        path.write_bytes(next(tiny.folder.glob("texts-00000.tar")).read_bytes())
+    faults.etag = '"2"'
+    changed = PackLoader(config, tiny.tokenizer, 4, 0, 1, seed=0)
+    assert [source.num_samples for source in changed._sources] == [20, 16]
+
+
 def test_a_server_that_dies_costs_the_samples_it_had(tiny, server, remote, tmp_path):
     address, faults = server
     for path in tiny.folder.glob("*.tar"):
