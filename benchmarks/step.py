@@ -107,7 +107,14 @@ class Ours:
         self.loader = setup.loader()
         self.packs: Iterator[list[PackedBatch]] = iter(self.loader)
         self.journal = Journal(
-            setup.stage, "multitask", folder, setup.model, self.loader.dataset_names, setup.world, setup.monitor
+            setup.stage,
+            "multitask",
+            folder,
+            setup.model,
+            self.loader.dataset_names,
+            self.loader.shares,
+            setup.world,
+            setup.monitor,
         )
         self.guard = Guard(setup.run.guard, folder, setup.world)
         self.watchdog = Watchdog(setup.run.watchdog, setup.world, folder / f"zero{zero_stage}")

@@ -25,7 +25,7 @@ from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.workers import MakeReader, NameSample, WorkerPool, packs_ahead, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
-from data_pipelines.plan.mixture import mixture_phases
+from data_pipelines.plan.mixture import mixture_phases, shares_at
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.samples import PackedBatch
 from data_pipelines.shards.storage import expand_shards
@@ -122,6 +122,10 @@ class PackLoader:
             # What counts as done is what was handed out; packs that workers hold ready are planned again on a resume.
             self._state = ahead.popleft()
             yield step
+
+    def shares(self, tokens: int) -> dict[str, float]:
+        """The share of samples that each source is to give after `tokens` of training."""
+        return dict(zip(self.dataset_names, shares_at(self._planner.phases, tokens), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out: JSON-able, the same on every rank, readable under any world size."""

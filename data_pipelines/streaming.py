@@ -31,6 +31,7 @@ from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.stream_process import StreamProcess
 from data_pipelines.pack.workers import WorkerPool, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
+from data_pipelines.plan.mixture import shares_at
 from data_pipelines.plan.progress import Ended, Progress, Tally
 from data_pipelines.plan.stream import CountedSample, SourceStream, StreamedPack, StreamPlanner
 from data_pipelines.samples import PackedBatch, Record
@@ -72,7 +73,9 @@ class StreamLoader:
         self._base = {name: Progress() for name in self._shards}
         self._packs = self._tokens = self._steps = 0
         self._given, self._read = Tally(), Tally()
-        self._make_planner().close()  # refuses what cannot be streamed here, not in the first step
+        planner = self._make_planner()  # refuses what cannot be streamed here, not in the first step
+        self._phases = planner.phases
+        planner.close()
         self._feed: StreamProcess | None = None
         self._pool: WorkerPool | None = None
 
@@ -90,6 +93,10 @@ class StreamLoader:
             self._given.add(*ahead.popleft())
             self._steps += 1
             yield step
+
+    def shares(self, tokens: int) -> dict[str, float]:
+        """The share of samples that each source is to give after `tokens` of training."""
+        return dict(zip(self.dataset_names, shares_at(self._phases, tokens), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out: JSON-able, the same on every rank. Collective."""

@@ -54,6 +54,12 @@ def mixture_phases(
     return tuple(phases)
 
 
+def shares_at(phases: Sequence[Phase], tokens: float) -> tuple[float, ...]:
+    """The share of samples [sources], adding up to 1, that each source is to give once `tokens` are planned."""
+    weights = next(phase.weights for phase in reversed(phases) if phase.from_tokens <= tokens)
+    return tuple(weight / math.fsum(weights) for weight in weights)
+
+
 class Mixture:
     """Draws sources by weight. The k-th sample of a source of share s is due at (k + 1/2) / s; the earliest is drawn.
 

@@ -201,7 +201,7 @@ class StreamPlanner:
     ) -> None:
         self._streams, self._config, self._world = streams, config, world
         self._tokens = float(tokens)
-        self._phases = mixture_phases(list(config.sources.values()), _no_sizes, config.plan.size_temperature)
+        self.phases = mixture_phases(list(config.sources.values()), _no_sizes, config.plan.size_temperature)
         self._phase = -1
         self._number = 0
         self._packer = new_packer(config.plan, None, cost)
@@ -215,9 +215,9 @@ class StreamPlanner:
 
     def next_pack(self) -> StreamedPack:
         """The next pack of this rank, with its samples and what was lost on the way."""
-        while self._phase + 1 < len(self._phases) and self._tokens >= self._phases[self._phase + 1].from_tokens:
+        while self._phase + 1 < len(self.phases) and self._tokens >= self.phases[self._phase + 1].from_tokens:
             self._phase += 1
-            self._items = self._draw_items(Mixture(self._phases[self._phase].weights))
+            self._items = self._draw_items(Mixture(self.phases[self._phase].weights))
         items = self._packer.next_pack(self._items)
         samples = []
         for item in items:

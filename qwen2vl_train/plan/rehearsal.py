@@ -20,7 +20,7 @@ from data_pipelines.index.source import SourceIndex
 from data_pipelines.loader import new_planner
 from data_pipelines.plan.balance import PackCost, imbalance, order_by_cost
 from data_pipelines.plan.lengths import sample_lengths
-from data_pipelines.plan.mixture import mixture_phases
+from data_pipelines.plan.mixture import shares_at
 from data_pipelines.plan.planner import Pack
 from data_pipelines.samples import MERGE_SIZE
 from qwen2vl_train.config import StageConfig
@@ -109,10 +109,6 @@ def rehearse(
     per_label = _per_label(config, stage.trainable)
     planner = new_planner(stage.data, sources, seed, whole)
     seen = [_survey(source, stage) for source in sources]
-    phases = mixture_phases(
-        list(stage.data.sources.values()), lambda: [source.num_samples for source in sources],
-        stage.data.plan.size_temperature,
-    )  # fmt: skip
     started, steps = time.perf_counter(), 0
     totals = _Totals(stage.data.plan.max_tokens)
     imbalances: dict[str, list[float]] = {"plan": [], "sorted": []}
@@ -121,11 +117,11 @@ def rehearse(
         and steps < max_packs // stage.packs_per_step
         and time.perf_counter() - started < max_seconds
     ):
-        weights = next(phase.weights for phase in reversed(phases) if phase.from_tokens <= planner.tokens)
+        shares = shares_at(planner.phases, planner.tokens)
         packs = [planner.next_pack() for _ in range(stage.packs_per_step)]
         drawn = totals.add(packs, costs, seen)
-        for source, weight in zip(seen, weights, strict=True):
-            source.wanted += drawn * weight / sum(weights)
+        for source, share in zip(seen, shares, strict=True):
+            source.wanted += drawn * share
         for name, ordered in (("plan", packs), ("sorted", order_by_cost(packs, whole))):
             table = np.array([whole.pack(pack) for pack in ordered]).reshape(-1, ranks)
             imbalances[name].append(imbalance(table))

@@ -62,6 +62,7 @@ _CHARTS = (
     _Wanted("lr/", "Learning rates", "per parameter group", _from_zero),
     _Wanted("tokens_per_s", "Throughput", "tokens per second, all ranks", _from_zero),
     _Wanted("data_wait_share", "Data wait", "share of the step's time", _share, percent, _tick_percent),
+    _Wanted("mixture/", "Mixture", "share of samples, got and wanted", _share, percent, _tick_percent),
     _Wanted("fill", "Pack fill", "tokens / capacity", _full, percent, _tick_percent),
     _Wanted("vision_share", "Vision tokens", "share of all tokens", _share, percent, _tick_percent),
     _Wanted("skipped", "Skipped samples", "count since the stage's start", _whole, count, count),

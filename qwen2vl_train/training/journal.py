@@ -7,7 +7,8 @@ stage's `Progress`. A log is the loop's only host synchronisation besides DeepSp
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qwen2vl_train.model.cost import PackLengths, model_flops_utilisation, pack_
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.step import LossTotals
-from qwen2vl_train.training.window import Progress, Window
+from qwen2vl_train.training.window import Progress, Window, slowest_wait_s
 from qwen2vl_train.training.world import World
 
 
@@ -38,12 +39,14 @@ class Journal:
         folder: Path,
         model: ModelConfig,
         dataset_names: Sequence[str],
+        wanted: Callable[[int], Mapping[str, float]],
         world: World,
         monitor: Monitor,
     ) -> None:
+        """`wanted` tells each dataset's share of the samples after so many tokens of training."""
         self._stage, self._name, self._folder, self._model = stage, name, folder, model
         self._dataset_names = tuple(dataset_names)
-        self._world, self._monitor = world, monitor
+        self._wanted, self._world, self._monitor = wanted, world, monitor
         self.totals = LossTotals(len(self._dataset_names), world.device)
         self.window = Window(self._dataset_names)
 
@@ -67,7 +70,8 @@ class Journal:
         windows = self._world.gather(window)
         seconds = window.seconds()
         loss = sum(sums) / sum(counts) if sum(counts) else None
-        progress.fold(windows, seconds, window.wait_s, int(sum(counts)), loss)
+        wanted = self._wanted(progress.tokens)
+        progress.fold(windows, seconds, int(sum(counts)), loss)
         tokens, vision, capacity = (
             sum(getattr(part, name) for part in windows) for name in ("tokens", "vision_tokens", "capacity")
         )
@@ -80,7 +84,7 @@ class Journal:
             "tflops_per_s": sum(part.flops for part in windows) / seconds / 1e12,
             "memory_gb": max(part.memory_bytes for part in windows) / 1e9,
             "step_s": seconds / window.steps,
-            "data_wait_share": window.wait_s / seconds,
+            "data_wait_share": slowest_wait_s(windows) / seconds,
             "fill": tokens / max(1, capacity),
             "vision_share": vision / max(1, tokens),
             "skipped": sum(progress.lost.values()),
@@ -96,6 +100,7 @@ class Journal:
         metrics |= {f"lr/{name}": rate for name, rate in engine.rates().items()}
         named = zip(self._dataset_names, sums, counts, strict=True)
         metrics |= {f"loss/{name}": total / count for name, total, count in named if count}
+        metrics |= _mixture(windows, wanted)
         metrics |= {f"documents/{name}": count for name, count in progress.documents.items()}
         metrics |= {f"skipped/{name}": count for name, count in progress.lost.items()}
         self._monitor.log(self._name, progress.step, metrics)
@@ -125,6 +130,16 @@ class Journal:
                     f"({reasons}); {self._folder}/ledger-rank*.jsonl names each one. Repair or drop them, or raise "
                     f"mixture.{self._name}.{name}.max_error_rate"
                 )
+
+
+def _mixture(windows: Sequence[Window], wanted: Mapping[str, float]) -> dict[str, float]:
+    """Each dataset's share of the windows' samples beside the share that its weight asks for."""
+    documents = sum((window.documents for window in windows), Counter[str]())
+    total = documents.total()
+    shares = {name: documents[name] / total for name in wanted} if total else {}
+    return {f"mixture/{name}": share for name, share in shares.items()} | {
+        f"mixture/{name}.wanted": wanted[name] for name in shares
+    }
 
 
 def _peak_memory(device: torch.device) -> int:

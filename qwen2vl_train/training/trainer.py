@@ -125,7 +125,8 @@ class Trainer:
         """The loop: fetch, step, count, log, save."""
         stage, run, world = self._stage, self._run, self._world
         journal = Journal(
-            stage, self._name, self._folder, self._model_config, loader.dataset_names, world, self._monitor
+            stage, self._name, self._folder, self._model_config, loader.dataset_names, loader.shares, world,
+            self._monitor,
         )  # fmt: skip
         ledger = Ledger(self._folder / f"ledger-rank{world.rank}.jsonl")
         guard, spikes = Guard(run.guard, self._folder, world), SpikeGuard(run.guard, self._folder, world)

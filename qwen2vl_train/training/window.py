@@ -21,8 +21,8 @@ class Progress:
     """What a stage has done so far, over all ranks; saved with each checkpoint.
 
     `capacity` is packs * max_tokens, so fill = tokens / capacity. `seconds` is training time with data wait
-    (`wait_s` of it), without evaluation or checkpoints. `documents` counts by dataset, `lost`
-    and `changed` by "dataset/reason"; `failed` by dataset: those of `lost` that failed when their pack was made.
+    (`wait_s` of it, the slowest rank's), without evaluation or checkpoints. `documents` counts by dataset, `lost` and
+    `changed` by "dataset/reason"; `failed` by dataset: those of `lost` that failed when their pack was made.
     All but `step`, `trained_tokens` and what the guards keep (`skipped_updates`, `rollbacks`, `recent_losses`) is
     counted at each log.
     """
@@ -58,10 +58,8 @@ class Progress:
     def tokens_per_s(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def fold(
-        self, windows: Sequence[Window], seconds: float, wait_s: float, supervised: int, loss: float | None
-    ) -> None:
-        """Add every rank's window; `seconds` and `wait_s` are this rank's clock, `loss` None without any label."""
+    def fold(self, windows: Sequence[Window], seconds: float, supervised: int, loss: float | None) -> None:
+        """Add every rank's window; `seconds` is this rank's clock, `loss` None without any label."""
         for window in windows:
             self.packs += window.packs
             self.tokens += window.tokens
@@ -71,7 +69,7 @@ class Progress:
                 setattr(self, name, dict(Counter(getattr(self, name)) + getattr(window, name)))
         self.supervised += supervised
         self.seconds += seconds
-        self.wait_s += wait_s
+        self.wait_s += slowest_wait_s(windows)
         self.loss_first = loss if self.loss_first is None else self.loss_first
         self.loss_last = self.loss_last if loss is None else loss
 
@@ -119,3 +117,8 @@ class Window:
     def seconds(self) -> float:
         """Since the last reset."""
         return time.perf_counter() - self._start
+
+
+def slowest_wait_s(windows: Sequence[Window]) -> float:
+    """What a window lost to waiting for data: every rank waits for the one whose packs come last."""
+    return max(window.wait_s for window in windows)

@@ -18,6 +18,7 @@ from data_pipelines.errors import ShardError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.shards.writer import ShardWriter
+from data_pipelines.streaming import StreamLoader
 
 STEPS, PACKS = 5, 4
 
@@ -236,3 +237,14 @@ def test_a_terminated_process_takes_its_workers_along(tiny):
     while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+def test_the_shares_that_a_schedule_wants_change_with_the_tokens(tiny):
+    config = tiny.config()
+    scheduled = replace(config.sources["texts"], schedule=((500.0, 6.0),))
+    config = replace(config, sources=config.sources | {"texts": scheduled})
+    for make in (PackLoader, StreamLoader):
+        made = make(config, tiny.tokenizer, PACKS, 0, 1, 0)
+        assert made.shares(499) == {"pictures": pytest.approx(2 / 3), "texts": pytest.approx(1 / 3)}
+        assert made.shares(500) == {"pictures": 0.25, "texts": 0.75}
+        made.close()

@@ -99,6 +99,9 @@ class HandMadeLoader:
             self._step += 1
             yield packs[self._rank :: self._world]
 
+    def shares(self, tokens: int) -> dict[str, float]:
+        return {"even": 0.5, "odd": 0.5}
+
     def state_dict(self) -> dict:
         return {"step": self._step}
 
