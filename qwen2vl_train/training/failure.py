@@ -47,11 +47,10 @@ def exit_after(error: Exception, world: World, code: int | None = None) -> NoRet
         "time_s": time.time(),
     }
     trace = "" if mendable and not os.environ.get("QWEN2VL_DEBUG") else "".join(traceback.format_exception(error))
-    is_consequence = isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(str(error)))
     # before the others can learn of it and end: torchrun looks for it as soon as one has
     _leave_for_torchrun(f"{trace}{_plainly(own)}", own["time_s"])
     store = _connect(world)
-    first = _first_cause(own, store, wait_only=is_consequence) or own
+    first = _first_cause(own, store, wait_only=is_consequence(error)) or own
     try:
         if first["rank"] == world.rank:
             print(f"{trace}\n{_plainly(own)}", file=sys.stderr)
@@ -62,6 +61,11 @@ def exit_after(error: Exception, world: World, code: int | None = None) -> NoRet
         leave_store(store, world)
     finally:  # also where the disk of the log is full
         os._exit(code or (2 if mendable else 1))
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether `error` is what a rank meets when another one has ended: a broken collective."""
+    return isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(str(error)))
 
 
 def name_first_cause(first: dict[str, Any], rank: int) -> str:
