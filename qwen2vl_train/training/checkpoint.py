@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step-00000100` with DeepSpeed's shards, `state.json` (step, loader state, totals) and
 `manifest.json` (size and checksum of every file). It is written aside, flushed to disk, renamed, and only then does the
-file `latest` name it. DeepSpeed's own `latest` is not used: rank 0 writes it before the other ranks have finished.
+file `latest` name it: for people and scripts, since `resume=auto` takes the newest whole folder, which is the same one.
+DeepSpeed's own `latest` is not used: rank 0 writes it before the other ranks have finished.
 Each rank flushes and sums up the files that it wrote, and when loading checks a share of all, so no rank reads it all.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 from data_pipelines.whole import flush_to_disk, write_whole
 from qwen2vl_train.config import CheckpointConfig
 from qwen2vl_train.training.engine import Engine
+from qwen2vl_train.training.failure import is_consequence
 from qwen2vl_train.training.world import World
 
 _RANK_OF_FILE = re.compile(r"zero_pp_rank_(\d+)_")
@@ -44,7 +46,7 @@ class _Pending:
 
 
 class CheckpointStore:
-    """The checkpoints of one stage in one folder."""
+    """The checkpoints of one stage in one folder, `STAGE/checkpoints`."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World, warn: Callable[[str], None]) -> None:
         self._folder = folder
@@ -80,6 +82,8 @@ class CheckpointStore:
                 engine.save(aside)
                 written = _finished(self._summarise_mine(aside))
         except (OSError, RuntimeError) as error:  # the other ranks wait inside DeepSpeed: end them by ending
+            if is_consequence(error):  # no fault of the disk: another rank ended meanwhile
+                raise
             raise self._fault(aside, f"rank {self._world.rank}: {error}") from error
         self._pending = _Pending(aside, final, whole, written)
         if wait or not self._config.asynchronous:
@@ -162,8 +166,16 @@ class CheckpointStore:
         stale = [path for path in self._steps() if path.name > newest.name]
         recent = [path for path in self._steps() if path.name <= newest.name]
         old = [path for path in recent[: -self._config.keep] if not every or _step_of(path) % every]
-        for path in (*stale, *old, *self._folder.glob(".replaced-*")):
+        leftovers = (path for kind in ("replaced", "abandoned") for path in self._folder.glob(f".{kind}-*"))
+        for path in (*stale, *old, *leftovers):
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Nothing depends on it: on network disks, a file that another process holds open keeps its folder alive."""
+        try:
             shutil.rmtree(path)
+        except OSError as error:
+            self._warn(f"{path} could not be removed, training goes on ({error}); remove it by hand")
 
     def _steps(self) -> list[Path]:
         return sorted(self._folder.glob("step-????????"))
@@ -197,19 +209,19 @@ class CheckpointStore:
         if candidates:  # to begin anew would throw away what may still be repaired
             raise CheckpointError(
                 f"none of the {len(candidates)} checkpoint(s) in {self._folder} is whole (the newest: "
-                f"{self.fault_of(candidates[0])}). Restore one from a copy and start the same command again, or start "
-                "the stage anew with resume=none"
+                f"{self.fault_of(candidates[0])}). Restore one from a copy and start the same command again, or "
+                f"{self._anew()}"
             )
         return None
 
     def _candidates(self, resume: str) -> list[Path]:
         for pattern in (".writing-*", ".universal-*"):  # leftovers of a run that was killed meanwhile
             for leftover in self._folder.glob(pattern):
-                shutil.rmtree(leftover)
+                self._remove(leftover)
         for replaced in self._folder.glob(".replaced-*"):  # killed between the two renames: the old one is still whole
             original = replaced.with_name(replaced.name.removeprefix(".replaced-"))
             if original.exists():
-                shutil.rmtree(replaced)
+                self._remove(replaced)
             else:
                 replaced.rename(original)
         return self._steps()[::-1] if resume == "auto" else [Path(resume)]
@@ -227,7 +239,8 @@ class CheckpointStore:
         """Restore `engine` from `path`, written by any number of ranks, and return the state saved with it. Collective.
 
         Another world size goes through DeepSpeed's universal checkpoint: rank 0 converts (it needs room for a second
-        copy beside the first and time in proportion), all ranks load, the copy is removed.
+        copy beside the first and time in proportion), all ranks load, the copy is removed. Checkpoints of later steps
+        belong to a course that is left: they are set aside, and removed when the next one is written.
 
         Raises:
             CheckpointError: another ZeRO stage or precision wrote it, or the conversion failed.
@@ -236,17 +249,57 @@ class CheckpointStore:
         if state["engine"] != engine.signature:
             raise CheckpointError(
                 f"{path} was written with {state['engine']}, this run has {engine.signature}: use the same engine "
-                "settings, or start the stage from its predecessor's export with resume=none"
+                f"settings, or {self._anew()}"
             )
         if state["world"] == self._world.size or not engine.partitioned:
             engine.load(path)
-            return state
-        converted = path.with_name(f".universal-{path.name}")
-        self._world.from_main(lambda: _convert(path, converted))
-        engine.load_universal(converted)
-        self._world.barrier()  # every rank has read it
-        self._world.from_main(lambda: shutil.rmtree(converted))
+        else:
+            converted = path.with_name(f".universal-{path.name}")
+            self._world.from_main(lambda: self._convert(path, converted))
+            engine.load_universal(converted)
+            self._world.barrier()  # every rank has read it
+            self._world.from_main(lambda: self._remove(converted))
+        self._world.from_main(lambda: self._go_on_from(path, state["step"]))
         return state
+
+    def _go_on_from(self, path: Path, step: int) -> None:
+        """Make `path` what "auto" finds from now on: no later one is left, and one from elsewhere is here, too."""
+        own = path.resolve().parent == self._folder.resolve()
+        for stale in self._steps():
+            if not own or _step_of(stale) > step:
+                abandoned = stale.with_name(f".abandoned-{stale.name}")
+                shutil.rmtree(abandoned, ignore_errors=True)
+                stale.rename(abandoned)
+                self._warn(f"{stale} is of the course that is left: set aside as {abandoned.name} until the next save")
+        final = self._folder / f"step-{step:08d}"
+        if not own:
+            aside = self._folder / f".writing-{final.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(path, aside, copy_function=_link)
+            aside.rename(final)
+        write_whole(self._folder / "latest", final.name)
+
+    def _anew(self) -> str:
+        """How to start this stage, and no other of the chain, from its beginning."""
+        return f"start the stage anew with stage={self._folder.parent.name} resume=none"
+
+    def _convert(self, path: Path, converted: Path) -> None:
+        """DeepSpeed's shards in `path`/engine → one folder per parameter in `converted`/engine."""
+        shutil.rmtree(converted, ignore_errors=True)
+        converted.mkdir()
+        places = ["--input_folder", str(path / "engine"), "--output_folder", str(converted / "engine")]
+        # one worker each: more processes raced on folders they both create, and conversion is bound by the disk
+        settings = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        # stages 1 and 2: it adds the version of the form alone, which only Megatron's engines leave themselves
+        settings.append("--inject_missing_state")
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *settings]
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+        if answer.returncode:
+            raise CheckpointError(
+                f"{path} could not be converted to this number of ranks: {answer.stderr[-2000:]}\nStart as many ranks "
+                f"as wrote it ({path / 'state.json'}: world), or {self._anew()}"
+            )
 
 
 def _finished(part: dict[str, tuple[int, int]]) -> Future[dict[str, tuple[int, int]]]:
@@ -263,13 +316,25 @@ def fault_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
     manifest = path / "manifest.json"
     if not manifest.is_file():
         return f"{manifest} is missing: not a finished checkpoint"
-    for number, (name, (size, checksum)) in enumerate(sorted(json.loads(manifest.read_text()).items())):
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{file} is missing or not {size} bytes"
-        if number % world == rank and _checksum(file) != checksum:
-            return f"{file} has another checksum than when it was written"
+    try:
+        entries = sorted((str(name), int(size), int(crc)) for name, (size, crc) in _read(manifest).items())
+        for number, (name, size, checksum) in enumerate(entries):
+            file = path / name
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{file} is missing or not {size} bytes"
+            if number % world == rank and _checksum(file) != checksum:
+                return f"{file} has another checksum than when it was written"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{path} cannot be read ({error})"
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ValueError where there is none."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -277,27 +342,16 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _convert(path: Path, converted: Path) -> None:
-    """DeepSpeed's shards in `path`/engine → one folder per parameter in `converted`/engine."""
-    shutil.rmtree(converted, ignore_errors=True)
-    converted.mkdir()
-    places = ["--input_folder", str(path / "engine"), "--output_folder", str(converted / "engine")]
-    # one worker each: more processes raced on folders they both create, and conversion is bound by the disk
-    settings = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    # stages 1 and 2: what it then adds is the version of the form alone, which only Megatron's engines leave themselves
-    settings.append("--inject_missing_state")
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *settings]
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
-    if answer.returncode:
-        raise CheckpointError(
-            f"{path} could not be converted to this number of ranks: {answer.stderr[-2000:]}\nStart as many ranks as "
-            "wrote it, or start the stage from its predecessor's export with resume=none"
-        )
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that is never written again; a copy on another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _make_empty(folder: Path) -> None:

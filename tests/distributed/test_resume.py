@@ -56,3 +56,15 @@ def test_the_optimizers_settings_are_those_of_the_resumed_run_and_its_state_the_
         assert tuple(group["betas"]) == (0.8, 0.9)
     assert set(changed["updates"]) == {2}
     assert all(torch.equal(changed["weights"][name], first[name]) for name in first)
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_rank_killed_while_a_checkpoint_is_written_is_not_called_a_full_disk(tmp_path):
+    options = {"steps": 2, "kill": {"rank": 1, "step": 2}}
+    folder = tmp_path / "main" / "checkpoints"
+    done = torchrun(2, "tests.distributed.store_worker", folder, json.dumps(options))
+    assert done.returncode != 0
+    assert "could not write" not in done.stderr
+    assert "Signal 9 (SIGKILL) received" in done.stderr
+    assert [path.name for path in folder.glob("step-*")] == ["step-00000001"]
