@@ -1,7 +1,8 @@
 """wandb behind a fence: the same figures as `metrics.jsonl`, and nothing that wandb does can slow or stop a run.
 
-Online only with an API key in the environment or netrc and a server that answers; else offline. Never a prompt. Any
-error of wandb switches it off with a note; closing it waits a bounded time.
+Online only with an API key in the environment or netrc and a server that answers; else offline. Never a prompt. An
+error on the way online means offline, any later error of wandb switches it off with a note; closing it waits a bounded
+time, after a failure a few seconds, since other ranks wait to hear of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.training.shown import Box, Shown
@@ -23,7 +25,7 @@ Mode = Literal["online", "offline", "disabled"]
 
 _PROBE_S = 3.0
 _INIT_S = 30.0
-_CLOSE_S = 60.0
+_CLOSE_S, _CLOSE_FAILED_S = 60.0, 3.0
 _SERVER = "https://api.wandb.ai"
 # first word of a figure's name -> section of charts
 _SECTIONS = {
@@ -53,7 +55,13 @@ class Tracker:
         self._stages: set[str] = set()
         self._run: Any = None
         mode = choose_mode(config.wandb, note)
-        if mode != "disabled":
+        if mode == "online":
+            try:
+                self._run = _start(run_dir, config, settings, mode)
+            except Exception as error:  # refused, or no answer in time
+                note(f"wandb is offline: {type(error).__name__}: {error}; `wandb sync` can send it later")
+                mode = "offline"
+        if mode == "offline":
             self._run = self._guarded(lambda: _start(run_dir, config, settings, mode))
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
@@ -77,15 +85,16 @@ class Tracker:
             self._guarded(lambda: self._run.log({f"evaluation/{stage}.samples": _table(samples)}))
 
     def close(self, failed: bool) -> None:
-        """Finish the run; what wandb cannot send within a minute stays in the run's folder (`wandb sync` sends it)."""
+        """Finish the run; what wandb cannot send in time stays in the run's folder (`wandb sync` sends it)."""
         run, self._run = self._run, None
         if run is None:
             return
         closing = threading.Thread(target=lambda: self._guarded(lambda: run.finish(exit_code=int(failed))), daemon=True)
         closing.start()
-        closing.join(_CLOSE_S)
+        limit_s = _CLOSE_FAILED_S if failed else _CLOSE_S
+        closing.join(limit_s)
         if closing.is_alive():
-            self._note(f"wandb did not finish within {_CLOSE_S:.0f} s; `wandb sync` can send the run's folder later")
+            self._note(f"wandb did not finish within {limit_s:.0f} s; `wandb sync` can send the run's folder later")
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """The call's result; wandb raises many kinds of errors, and watching must never cost the run."""
@@ -107,7 +116,8 @@ def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
         return "offline"
     if wanted == "auto" and not _has_login():
         return "offline"
-    address = urlsplit(os.environ.get("WANDB_BASE_URL", _SERVER))
+    server = os.environ.get("WANDB_BASE_URL", _SERVER)
+    address = urlsplit(_proxy_of(server) or server)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         socket.create_connection((address.hostname or "", port), _PROBE_S).close()
@@ -115,6 +125,15 @@ def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
         note(f"wandb is offline, {address.hostname}:{port} does not answer ({error}); `wandb sync` can send it later")
         return "offline"
     return "online"
+
+
+def _proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for `url`, on many clusters the only way out."""
+    address = urlsplit(url)
+    if proxy_bypass(address.hostname or ""):
+        return None
+    proxy = getproxies().get(address.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def section_of(name: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.launch import ROOT
 
 SRUN = """#!/bin/bash
-shift  # --kill-on-bad-exit=0
+while [[ "$1" == --* ]]; do echo "srun $1" >>"$RECORD"; shift; done
 trap 'kill -USR1 $first $second' USR1
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
@@ -42,7 +42,7 @@ def cluster(tmp_path):
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_NTASKS": "2",
-        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_CPUS_PER_TASK": "3",
         "WAIT": "",
     }
 
@@ -61,13 +61,15 @@ def record(cluster):
 def test_each_task_is_a_rank_and_an_ordinary_end_is_the_jobs_end(cluster, code):
     assert submit(cluster | {"CODE": str(code)}).wait(30) == code
     assert record(cluster) == [
-        f"rank {rank} of 2 on {rank} via node0:20007: -u -m qwen2vl_train train experiment=demo" for rank in (0, 1)
+        *(f"rank {rank} of 2 on {rank} via node0:20007: -u -m qwen2vl_train train experiment=demo" for rank in (0, 1)),
+        "srun --cpus-per-task=3",  # without it each rank and its data workers would share one core
+        "srun --kill-on-bad-exit=0",
     ]
 
 
 def test_a_preempted_job_goes_back_to_the_queue(cluster):
     job = submit(cluster | {"WAIT": "1"})
-    while not os.path.exists(cluster["RECORD"]) or len(record(cluster)) < 2:
+    while not os.path.exists(cluster["RECORD"]) or sum(line.startswith("rank") for line in record(cluster)) < 2:
         time.sleep(0.05)
     children = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "srun"], capture_output=True, text=True).stdout
     os.kill(int(children.split()[0]), signal.SIGUSR1)

@@ -91,3 +91,44 @@ def test_an_error_of_wandb_switches_it_off_and_closing_never_waits_for_long(tmp_
 def test_charts_are_grouped_by_what_they_show():
     names = ["loss/scenes", "lr/vit", "mfu", "skipped/scenes/media", "held_out/caption_exact"]
     assert [section_of(name) for name in names] == ["loss", "optimisation", "throughput", "data", "evaluation"]
+
+
+def test_behind_a_proxy_it_is_the_proxy_that_must_answer(monkeypatch):
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        port = proxy.getsockname()[1]
+        for name in ("no_proxy", "NO_PROXY", "https_proxy", "WANDB_MODE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")  # no name server knows it
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        notes = []
+        assert choose_mode("online", notes.append) == "online"
+        monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{port}")  # the form without a scheme
+        assert choose_mode("online", notes.append) == "online"
+        monkeypatch.setenv("NO_PROXY", "wandb.invalid")
+        assert notes == []
+        assert choose_mode("online", notes.append) == "offline"
+        assert "wandb.invalid:443 does not answer" in notes[0]
+
+
+def test_what_fails_on_the_way_online_makes_the_run_offline(tmp_path, monkeypatch):
+    modes = []
+
+    def start(folder, config, settings, mode):
+        modes.append(mode)
+        if mode == "online":
+            raise TimeoutError("the run was not made in time")
+        return FailingRun()
+
+    monkeypatch.setattr(tracker, "choose_mode", lambda wanted, note: "online")
+    monkeypatch.setattr(tracker, "_start", start)
+    monkeypatch.setattr(tracker, "_CLOSE_FAILED_S", 0.2)
+    notes = []
+    run = Tracker(tmp_path, MonitorConfig("online"), {}, notes.append)
+    assert modes == ["online", "offline"]
+    assert "not made in time; `wandb sync` can send it later" in notes.pop()
+    began = time.monotonic()
+    run.close(failed=True)  # other ranks wait to hear of the failure: not a minute
+    assert time.monotonic() - began < 5
+    assert "did not finish" in notes.pop()

@@ -1,0 +1,52 @@
+"""`qwen2vl train` with a trainer that trains nothing, and a signal where the test wants it.
+
+Usage: chain_worker WHERE OVERRIDES...    WHERE: data | fits STAGE | scores STAGE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from qwen2vl_train import cli, stages
+from qwen2vl_train.evaluation.runner import Report
+from qwen2vl_train.training.window import Progress
+
+
+def main() -> int:
+    where = sys.argv[1]
+
+    def begin(work: str) -> None:
+        print(work, flush=True)
+        if work == where:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class NoTrainer:
+        def __init__(self, run, name, *others) -> None:
+            self._name, self._export = name, Path(run.run_dir) / name / "export"
+
+        def fit(self, stop, watchdog) -> Progress:
+            begin(f"fits {self._name}")
+            self._export.mkdir(parents=True, exist_ok=True)
+            (self._export / "config.json").write_text(json.dumps({}))
+            return Progress(step=1)
+
+    def evaluate(model, *others) -> Report:
+        begin(f"scores {model.parent.name}")
+        return Report({}, {}, [])
+
+    prepare = stages.prepare_data
+
+    def prepare_data(*arguments) -> None:
+        begin("data")
+        prepare(*arguments)
+
+    stages.Trainer, stages.evaluate, stages.prepare_data = NoTrainer, evaluate, prepare_data
+    return cli.main(["train", *sys.argv[2:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""A signal at any moment of a run ends it with 75, nothing is trained after it, and the same command finishes."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed.launch import ROOT, environment, metrics, train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
+
+
+def run_chain(folder, where):
+    """One rank through three stages in which nothing is trained; the run, and the pieces of work that were begun."""
+    command = [
+        sys.executable, "-m", "tests.distributed.chain_worker", where, "experiment=demo",
+        "stage=language,vision,multitask", "monitor.wandb=disabled",
+        f"run_dir={folder / 'run'}", f"data.root={folder / 'data'}",
+        "data.demo={num_pictures: 40, num_clips: 8, num_texts: 20, num_heldout: 2, vocab_size: 700}",
+    ]  # fmt: skip
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False
+    )
+    return ended, re.findall(r"^(?:fits|scores) \w+", ended.stdout, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.mark.parametrize(
+    ("where", "stopped", "work"),
+    [
+        ("data", "stopped before language on SIGTERM", []),
+        ("fits language", "stopped before vision on SIGTERM", ["fits language"]),
+        ("fits vision", "stopped before the evaluation of vision on SIGTERM", ["fits vision"]),
+        ("scores vision", "stopped before multitask on SIGTERM", ["fits vision", "scores vision"]),
+        ("never", "", ["fits multitask", "scores multitask"]),
+    ],
+)
+def test_a_signal_outside_the_loop_ends_the_run_at_the_next_boundary(folder, where, stopped, work):
+    """One run_dir in this order: each command goes on where the one before had stopped."""
+    ended, begun = run_chain(folder, where)
+    assert ended.returncode == (75 if stopped else 0), ended.stderr
+    assert stopped in ended.stderr
+    assert begun == work
+
+
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
+    options = {"steps": 3, "packs": 4, "fault": {"kind": "term", "rank": 1, "step": 2}}
+    stopped = train(2, tmp_path, **options)
+    assert stopped.returncode != 0
+    assert "exitcode  : 75" in stopped.stderr
+    assert "stopped before the export of main on another rank's signal; the same command continues" in stopped.stderr
+    assert not (tmp_path / "weights.pt").exists()  # what the worker writes for an export
+    finished = train(2, tmp_path, **options)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "weights.pt").exists()
+    assert list(metrics(tmp_path)) == [1, 2, 3]  # no step was made twice
