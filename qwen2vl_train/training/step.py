@@ -80,7 +80,7 @@ def train_step(
     """
     batches = (feed or DeviceFeed(engine.device)).batches(packs)
     own = (sum(pack.num_supervised for pack in packs), sum(pack.num_tokens for pack in packs), int(stop))
-    header = torch.tensor(own, dtype=torch.float64, device=engine.device)
+    header = to_device(own, engine.device)
     world.sum(header)  # now the global batch's supervised tokens and tokens, and how many ranks ask to stop
     totals_of_step = _to_host(header)
     scale = (world.size / header[0].clamp(min=1.0)).float()  # DeepSpeed averages over ranks: undo it
@@ -96,6 +96,15 @@ def train_step(
         engine.step()
     supervised, tokens, stops = map(int, totals_of_step())
     return StepResult(engine.skipped, stops > 0, supervised, tokens, torch.stack(losses))
+
+
+def to_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """`values` as float64 on `device`; the host does not wait for the copy.
+
+    It would from ordinary memory. Torch gives the pinned memory to nobody else before the copy is done.
+    """
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def _to_host(tensor: Tensor) -> Callable[[], list[float]]:
