@@ -59,6 +59,12 @@ class Monitor:
         kept = [line for line in lines if (read := json.loads(line))["stage"] != stage or read["step"] <= step]
         write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
+    def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:
+        """Keep what is known of a stage before its first step: `<stage>/<name>.json` in the run's folder, and wandb."""
+        if self._tracker is not None:
+            write_whole(self._path.parent / stage / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+            self._tracker.describe(stage, name, facts)
+
     def show(self, stage: str, samples: Sequence[Shown]) -> None:
         """A wandb table of held-out pictures with true and predicted text and boxes."""
         if self._tracker is not None:

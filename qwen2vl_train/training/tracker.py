@@ -79,6 +79,11 @@ class Tracker:
         for section in sorted({*_SECTIONS.values(), "data"}):
             self._run.define_metric(f"{section}/{stage}.*", step_metric=axis)
 
+    def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:
+        """Keep `facts` of a stage beside the run's settings."""
+        if self._run is not None:
+            self._guarded(lambda: self._run.config.update({f"{stage}.{name}": dict(facts)}, allow_val_change=True))
+
     def show(self, stage: str, samples: Sequence[Shown]) -> None:
         """A table of held-out pictures with true and predicted text and boxes."""
         if self._run is not None and samples:

@@ -231,7 +231,12 @@ class Trainer:
         else:
             load_hf(model, self._init, rank=self._world.rank)
         freeze(model, self._stage.trainable)
-        self._monitor.console.print(format_audit(audit(model, self._stage.trainable)), style="dim", highlight=False)
+        parts = audit(model, self._stage.trainable)
+        self._monitor.console.print(format_audit(parts), style="dim", highlight=False)
+        counts = {
+            part.part: {"trainable": part.trainable_parameters, "frozen": part.frozen_parameters} for part in parts
+        }
+        self._monitor.describe(self._name, "parameters", counts)
         groups = parameter_groups(model, self._stage.optim, self._model_config.vision.depth)
         engine = Engine(model, groups, self._stage.optim, self._run.engine, self._world, self._accumulation)
         if settings.compile != "none":

@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,9 +40,19 @@ def test_a_resumed_stage_forgets_its_later_lines_and_a_half_line_only(tmp_path, 
     ]
 
 
+def test_facts_of_a_stage_stand_in_its_folder_and_in_wandbs_settings(tmp_path, monitor):
+    kept = {}
+    monitor._tracker._run = SimpleNamespace(config=SimpleNamespace(update=lambda facts, **how: kept.update(facts)))
+    counts = {"vit": {"trainable": 0, "frozen": 7}, "llm": {"trainable": 5, "frozen": 0}}
+    monitor.describe("instruct", "parameters", counts)
+    assert json.loads((tmp_path / "instruct" / "parameters.json").read_text()) == counts
+    assert kept == {"instruct.parameters": counts}
+
+
 def test_a_silent_monitor_writes_nothing(tmp_path):
     silent = Monitor(tmp_path, MonitorConfig("online"), {}, active=False)
     silent.log("vision", 1, {"loss": 1.0})
+    silent.describe("vision", "parameters", {})
     silent.close()
     assert not list(tmp_path.iterdir())
 
