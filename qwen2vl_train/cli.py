@@ -1,4 +1,4 @@
-"""`qwen2vl`: plan, train, evaluate, print a configuration, make a report.
+"""`qwen2vl`: assemble a start, plan, train, evaluate, generate, show a sample's way, report, print a configuration.
 
 Under torchrun or deepspeed: `torchrun --nproc-per-node 2 -m qwen2vl_train train experiment=demo`.
 """

@@ -60,8 +60,8 @@ class Tracker:
                 self._run = _start(run_dir, config, settings, mode)
             except Exception as error:  # refused, or no answer in time
                 note(f"wandb is offline: {type(error).__name__}: {error}; `wandb sync` can send it later")
-                mode = "offline"
-        if mode == "offline":
+                self._run = self._guarded(lambda: _start_again(run_dir, config, settings))
+        elif mode == "offline":
             self._run = self._guarded(lambda: _start(run_dir, config, settings, mode))
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
@@ -162,6 +162,14 @@ def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mo
         config=dict(settings),
         settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_S, x_disable_stats=mode == "offline"),
     )
+
+
+def _start_again(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any]) -> Any:
+    """Offline, after a start online failed: its service process still holds the run's id, and goes first."""
+    import wandb
+
+    wandb.teardown()
+    return _start(run_dir, config, settings, "offline")
 
 
 def _has_login() -> bool:

@@ -143,3 +143,22 @@ def test_what_fails_on_the_way_online_makes_the_run_offline(tmp_path, monkeypatc
     run.close(failed=True)  # other ranks wait to hear of the failure: not a minute
     assert time.monotonic() - began < 5
     assert "did not finish" in notes.pop()
+
+
+def test_a_server_that_takes_the_call_and_never_answers_makes_the_run_offline(tmp_path, monkeypatch):
+    """With wandb itself, whose failed start holds the run's id until it is torn down."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        monkeypatch.delenv("http_proxy", raising=False)
+        monkeypatch.delenv("HTTP_PROXY", raising=False)
+        monkeypatch.setattr(tracker, "_INIT_S", 2.0)
+        notes = []
+        run = Tracker(tmp_path, MonitorConfig("online"), {}, notes.append)
+        run.log("vision", 1, {"loss": 1.0})
+        run.close(failed=False)
+    assert len(notes) == 1
+    assert "wandb is offline: CommError" in notes[0]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
