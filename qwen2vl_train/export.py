@@ -2,11 +2,13 @@
 
 Enters: full tensors one at a time (collective under ZeRO-3), the configs, the tokenizer. Leaves: a directory in the
 form of the published ones, which transformers 4.45 to 5.x (with no missing and no unexpected key), vLLM and SGLang
-load; it appears atomically.
+load; it appears whole, and an older one stays until it does. `checksums.json` beside the published files names the
+weights' size and CRC-32 (reading them once more takes about a second per GB).
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,11 +23,14 @@ from data_pipelines.config import MediaConfig
 from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from data_pipelines.sources.bpe import write_published_settings
 from data_pipelines.tokenizer import TextTokenizer
+from data_pipelines.whole import flush_to_disk
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.vision import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_train.model.weights import save_hf
-from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.checkpoint import checksum, write_json
 from qwen2vl_train.training.world import World
+
+CHECKSUMS = "checksums.json"
 
 
 def export_model(
@@ -45,15 +50,40 @@ def export_model(
         for _ in tensors:  # each step gathers one tensor over all ranks
             continue
     else:
-        aside = folder.with_name(f".writing-{folder.name}")
+        aside, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("writing", "replaced"))
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         aside.mkdir(parents=True)
         pad = Tokenizer.from_file(_tokenizer_file(tokenizer)).token_to_id("<|vision_pad|>")
         save_hf(tensors, aside, replace(config, vision_token_id=pad), dtype)
         save_processing(aside, tokenizer, media)
-        shutil.rmtree(folder, ignore_errors=True)
+        weights = sorted(aside.glob("*.safetensors"))
+        write_json(aside / CHECKSUMS, {path.name: (path.stat().st_size, checksum(path)) for path in weights})
+        for path in (*aside.iterdir(), aside):
+            flush_to_disk(path)
+        if folder.exists():
+            folder.rename(replaced)
         aside.rename(folder)
+        flush_to_disk(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     world.barrier()  # the folder is there for every rank
+
+
+def fingerprint(folder: Path) -> str:
+    """Names the weights in `folder` without reading them: by the checksums of our exports.
+
+    Elsewhere by names, sizes and headers of the files, which tell models of other shapes apart, but not other values.
+    """
+    digest = hashlib.sha256()
+    if (folder / CHECKSUMS).is_file():
+        digest.update((folder / CHECKSUMS).read_bytes())
+        return digest.hexdigest()[:16]
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = file.read(8)
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + length)
+            digest.update(file.read(min(int.from_bytes(length, "little"), path.stat().st_size)))
+    return digest.hexdigest()[:16]
 
 
 def save_processing(folder: Path, tokenizer: TextTokenizer, media: MediaConfig) -> None:

@@ -22,16 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import UserError
 from data_pipelines.whole import flush_to_disk, write_whole
 from qwen2vl_train.config import CheckpointConfig
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.failure import is_consequence
+from qwen2vl_train.training.restart import job
 from qwen2vl_train.training.world import World
 
 _RANK_OF_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit the run. The message says what to do."""
 
 
@@ -73,7 +75,7 @@ class CheckpointStore:
         if lacking:
             self._warn(f"no checkpoint at step {step}: {lacking}")
             return None
-        whole = {"step": step, "world": self._world.size, "engine": engine.signature, **state}
+        whole = {"step": step, "world": self._world.size, "engine": engine.signature, "job": job(), **state}
         try:
             if self._config.asynchronous and not wait:
                 writes = engine.snapshot(aside)
@@ -143,13 +145,13 @@ class CheckpointStore:
             found = _RANK_OF_FILE.search(path.name)
             if path.is_file() and (int(found.group(1)) if found else 0) == self._world.rank:
                 flush_to_disk(path)
-                entries[str(path.relative_to(aside))] = (path.stat().st_size, _checksum(path))
+                entries[str(path.relative_to(aside))] = (path.stat().st_size, checksum(path))
         return entries
 
     def _publish(self, aside: Path, final: Path, manifest: dict[str, tuple[int, int]], state: dict[str, Any]) -> None:
         write_json(aside / "state.json", state)
         path = aside / "state.json"
-        write_json(aside / "manifest.json", manifest | {"state.json": (path.stat().st_size, _checksum(path))})
+        write_json(aside / "manifest.json", manifest | {"state.json": (path.stat().st_size, checksum(path))})
         for folder in {aside, *((aside / name).parent for name in manifest)}:
             flush_to_disk(folder)
         if final.exists():  # a step done again after a resume from an earlier one
@@ -318,11 +320,11 @@ def fault_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
         return f"{manifest} is missing: not a finished checkpoint"
     try:
         entries = sorted((str(name), int(size), int(crc)) for name, (size, crc) in _read(manifest).items())
-        for number, (name, size, checksum) in enumerate(entries):
+        for number, (name, size, wanted) in enumerate(entries):
             file = path / name
             if not file.is_file() or file.stat().st_size != size:
                 return f"{file} is missing or not {size} bytes"
-            if number % world == rank and _checksum(file) != checksum:
+            if number % world == rank and checksum(file) != wanted:
                 return f"{file} has another checksum than when it was written"
     except (OSError, ValueError, TypeError) as error:
         return f"{path} cannot be read ({error})"
@@ -360,7 +362,8 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """CRC-32 of the file at `path`."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -1,6 +1,7 @@
 """The exported folder has the published form, file by file: what loaders of every release look for is there."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from transformers import AutoConfig, AutoTokenizer
 from data_pipelines.config import MediaConfig
 from data_pipelines.sources.bpe import CHAT_TEMPLATE, train_bpe
 from data_pipelines.tokenizer import TextTokenizer
+from qwen2vl_train import export
 from qwen2vl_train.export import export_model, save_processing
-from qwen2vl_train.model.weights import model_tensors
+from qwen2vl_train.model.weights import SINGLE_NAME, model_tensors
+from qwen2vl_train.training.checkpoint import checksum
 from qwen2vl_train.training.world import World
 from tests.model.builders import tiny_model
 
@@ -96,3 +99,37 @@ def test_the_published_tokenizers_files_come_out_as_they_went_in(shared_data, tm
     for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "vocab.json"):
         assert read(tmp_path / name) == read(shared_data / "tokenizer" / name), name
     assert (tmp_path / "merges.txt").read_bytes() == (shared_data / "tokenizer" / "merges.txt").read_bytes()
+
+
+def test_an_export_is_on_disk_before_it_takes_the_place_of_an_older_one_which_stays_until_then(
+    tokenizer, tmp_path, monkeypatch
+):
+    """Flushed when renamed; a kill at the new one's rename leaves both beside each other, never neither."""
+    folder, model, world = tmp_path / "export", tiny_model(), Alone(0, 1, 0, torch.device("cpu"))
+    flushed = set()
+
+    def write():
+        export_model(model_tensors(model), model.config, tokenizer, MediaConfig(), folder, torch.float32, world)
+
+    write()
+    first = read(folder / "checksums.json")
+    assert first["model.safetensors"] == [(folder / "model.safetensors").stat().st_size, checksum(folder / SINGLE_NAME)]
+    rename = Path.rename
+    monkeypatch.setattr(export, "flush_to_disk", lambda path: flushed.add(path.name))
+
+    def killed(path, target):
+        if path.name == ".writing-export":
+            assert {entry.name for entry in path.iterdir()} | {path.name} <= flushed
+            raise InterruptedError
+        return rename(path, target)
+
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(InterruptedError):
+            write()
+    assert read(tmp_path / ".replaced-export" / "checksums.json") == first
+    write()
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert read(folder / "checksums.json") != first
