@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,21 @@ from data_pipelines.shards.storage import expand_shards
 from data_pipelines.sources.demo import build_demo
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig
+from qwen2vl_train.course import (
+    initial_weights,
+    is_stale,
+    keep_settings,
+    refuse_other_settings,
+    refuse_other_weights,
+    resume_of,
+)
 from qwen2vl_train.evaluation.runner import Report, evaluate
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.report import write_report
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.environment import check_environment
 from qwen2vl_train.training.monitor import Monitor
+from qwen2vl_train.training.restart import job
 from qwen2vl_train.training.stopping import Preempted, StopRequest
 from qwen2vl_train.training.trainer import Trainer
 from qwen2vl_train.training.watchdog import Watchdog
@@ -131,10 +142,13 @@ def _run_stage(
     """Train, export and score stage `name`; False where that was done before. Collective."""
     folder = Path(run.run_dir) / name
     result = folder / "result.json"
-    resume = resume_of(run, name)
-    if resume != "auto":  # what the stage left before is of another course
-        world.from_main(lambda: result.unlink(missing_ok=True))
-    world.from_main(lambda: _keep_settings(run, name))
+    resume = world.from_main(lambda: resume_of(run, name, world.restarted))
+    if resume != "auto":
+        world.from_main(lambda: _leave_course(run, name, resume))
+    elif run.resume != "auto" and world.restarted:
+        monitor.console.print(f"{name}: started again by the launcher, so it goes on as with resume=auto")
+    world.from_main(lambda: refuse_other_weights(run, name))
+    world.from_main(lambda: keep_settings(run, name, resume))
     if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return False
@@ -170,6 +184,18 @@ def _run_stage(
     return True
 
 
+def _leave_course(run: RunConfig, name: str, resume: str) -> None:
+    """Remove what stage `name` left on a course that is not gone on with; before a checkpoint, it is the same one."""
+    initial_weights(run, name)  # raises while nothing is lost
+    folder = Path(run.run_dir) / name
+    stale = ["result.json", "stall.txt"]
+    if resume == "none":
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        stale += ["ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl", "stacks-rank*.txt"]
+    for path in [path for form in stale for path in folder.glob(form)]:
+        path.unlink()
+
+
 def index_data(name: str, data: DataConfig, tokenizer: TextTokenizer, monitor: Monitor) -> None:
     """Index what is missing of a stage's shards, all ranks together, and show how far it is."""
 
@@ -186,59 +212,14 @@ def index_data(name: str, data: DataConfig, tokenizer: TextTokenizer, monitor: M
         monitor.stop_progress()
 
 
-def resume_of(run: RunConfig, name: str) -> str:
-    """How stage `name` continues: "auto", "none", or a checkpoint's path.
-
-    `resume=PATH` belongs to the stage that wrote it: stages before it go on as they are, later ones start anew.
-
-    Raises:
-        ConfigError: the path holds no checkpoint, or one of a stage that is not in the chain.
-    """
-    if run.resume in ("auto", "none"):
-        return run.resume
-    state = Path(run.resume) / "state.json"
-    if not state.is_file():
-        raise ConfigError(f"resume={run.resume}: {state} is missing; name a folder step-NNNNNNNN, auto or none")
-    owner = json.loads(state.read_text())["stage"]
-    if owner not in run.chain:
-        raise ConfigError(f"resume={run.resume}: a checkpoint of stage {owner}, which chain={list(run.chain)} lacks")
-    if name == owner:
-        return run.resume
-    return "auto" if run.chain.index(name) < run.chain.index(owner) else "none"
-
-
-def initial_weights(run: RunConfig, name: str) -> Path | None:
-    """The folder whose weights stage `name` starts from; None for random ones.
-
-    Raises:
-        ConfigError: the previous stage has no export yet, or the named folder holds no config.json.
-    """
-    wanted = run.stages[name].init_from
-    order = list(run.stages)
-    if wanted == "scratch":
-        return None
-    if wanted == "previous" and order.index(name) == 0:
-        raise ConfigError(
-            f"stages.{name}.init_from=previous: {name} is the first stage; name a Hugging Face folder to start from "
-            "(qwen2vl assemble makes one from Qwen2 and a CLIP tower), or scratch"
-        )
-    path = Path(run.run_dir) / order[order.index(name) - 1] / "export" if wanted == "previous" else Path(wanted)
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"stages.{name}.init_from={wanted}: {path} holds no model; run that stage first, or set init_from to "
-            "'scratch' or to a Hugging Face folder"
-        )
-    return path
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _open_run(run: RunConfig, folder: Path, settings: Mapping[str, Any], world: World) -> None:
     """Make the folder or refuse it; what it tells of the run so far changes only once the new settings are accepted."""
     for name in run.chain:
-        if resume_of(run, name) == "auto":
-            _refuse_other_settings(run, name)
+        if resume_of(run, name, world.restarted) == "auto":
+            refuse_other_settings(run, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", dict(settings))
@@ -256,60 +237,6 @@ def _open_run(run: RunConfig, folder: Path, settings: Mapping[str, Any], world: 
             "packages": {name: version(name) for name in packages},
         },
     )
-
-
-def _refuse_other_settings(run: RunConfig, name: str) -> None:
-    """Neither continue nor reuse stage `name` under other settings than it was begun with.
-
-    Raises:
-        ConfigError: naming each key that differs, with both values.
-    """
-    path = _settings_file(run, name)
-    if not path.is_file():
-        return
-    mine, held = _deciding_settings(run, name), json.loads(path.read_text())
-    changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
-    sources = f"stages.{name}.data.sources."
-    if run.data_change == "accept":
-        changed = [key for key in changed if not key.startswith(sources)]
-    if changed:
-        accept = ", set data_change=accept" if all(key.startswith(sources) for key in changed) else ""
-        listed = "; ".join(f"{key}: was {held.get(key)}, is {mine.get(key)}" for key in changed[:10])
-        raise ConfigError(
-            f"{path.parent} was begun with other settings ({listed}). Restore them{accept}, choose another "
-            f"run_dir, or start the stage anew with stage={name} resume=none"
-        )
-
-
-def _keep_settings(run: RunConfig, name: str) -> None:
-    """Keep what decides the stage's outcome beside it."""
-    path = _settings_file(run, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
-        write_json(path, _deciding_settings(run, name))
-
-
-def _settings_file(run: RunConfig, name: str) -> Path:
-    return Path(run.run_dir) / name / "settings.json"
-
-
-def _deciding_settings(run: RunConfig, name: str) -> dict[str, Any]:
-    """The settings that change what stage `name` makes, flat, as JSON reads them back."""
-    stage = asdict(run.stages[name])
-    for how in ("loader", "remote"):  # workers and caches do not change what is trained
-        stage["data"].pop(how)
-    flat = _flat({"seed": run.seed, "model.config": asdict(run.model.config), f"stages.{name}": stage})
-    plain: dict[str, Any] = json.loads(json.dumps(flat))
-    return plain
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"a.b": value}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-    return flat
 
 
 def _git_revision() -> str | None:
@@ -348,21 +275,27 @@ def _write_result(run: RunConfig, name: str, progress: Progress, report: Report)
             "held_out": report.metrics,
             "majority": report.baseline,
             "export": str((folder / "export").resolve()),
+            "job": job(),
         },
     )
 
 
 def _summarise(run: RunConfig, folder: Path, minutes: float, trained: bool) -> None:
-    """Gather each stage's result.
+    """Gather each stage's result; of those begun with weights that have been replaced since, the name alone (`stale`).
 
     `minutes` are of all invocations; a repetition that finds everything finished (not `trained`) adds none.
     """
     path = folder / "summary.json"
     finished = {name: folder / name / "result.json" for name in run.stages}
     stages = {name: json.loads(file.read_text()) for name, file in finished.items() if file.is_file()}
+    last = [name for name in run.chain if name in stages][-1]
     if path.is_file() and not trained:
         minutes = json.loads(path.read_text())["minutes"]
-    last = [name for name in run.chain if name in stages][-1]
+    stale: list[str] = []
+    for before, name in pairwise(run.stages):
+        if is_stale(run, name) or (before in stale and run.stages[name].init_from == "previous"):
+            stale.append(name)
+            stages.pop(name, None)
     write_json(
         path,
         {
@@ -370,6 +303,7 @@ def _summarise(run: RunConfig, folder: Path, minutes: float, trained: bool) -> N
             "export": str((folder / last / "export").resolve()),
             "report": str((folder / "report.html").resolve()),
             "stages": stages,
+            "stale": stale,
         },
     )
 

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from qwen2vl_train.training.restart import is_restart
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,8 @@ T = TypeVar("T")
 class World:
     """This process among `size`: its `rank`, its `local_rank` on the node, its device; `start` names this start.
 
-    torchrun's own count of restarts does not: a node whose torchrun was started again counts from 0.
+    torchrun's own count of restarts does not: a node whose torchrun was started again counts from 0. `restarted`: any
+    rank's launcher started it again by itself.
     """
 
     rank: int
@@ -34,6 +37,7 @@ class World:
     local_rank: int
     device: torch.device
     start: str = ""
+    restarted: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -100,9 +104,10 @@ def start_world(timeout_s: float) -> World:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    start = [secrets.token_hex(4)]
-    dist.broadcast_object_list(start, src=0)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, start[0])
+    starts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(starts, (secrets.token_hex(4), is_restart()))
+    restarted = any(again for _, again in starts)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starts[0][0], restarted)
 
 
 def end_world() -> None:

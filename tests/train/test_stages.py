@@ -1,6 +1,7 @@
 """The chain's rules: where a stage starts, and that a begun run keeps its settings."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,21 @@ import pytest
 import torch
 
 from qwen2vl_train.config import ConfigError, load_config
-from qwen2vl_train.stages import _keep_settings, _open_run, _summarise, initial_weights
+from qwen2vl_train.course import (
+    initial_weights,
+    is_stale,
+    keep_settings,
+    refuse_other_settings,
+    refuse_other_weights,
+    resume_of,
+)
+from qwen2vl_train.export import CHECKSUMS, fingerprint
+from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.model.weights import save_hf
+from qwen2vl_train.stages import _leave_course, _open_run, _summarise
+from qwen2vl_train.training.checkpoint import checksum, write_json
 from qwen2vl_train.training.clock import RunClock
+from qwen2vl_train.training.restart import is_restart, job
 from qwen2vl_train.training.world import World
 
 
@@ -47,10 +61,27 @@ def test_the_minutes_are_of_all_invocations_and_a_repetition_adds_none(tmp_path)
     assert 10 <= json.loads((tmp_path / "summary.json").read_text())["minutes"] < 12
 
 
+def checkpoint(run_dir, stage, step=1, **state):
+    """The part of a checkpoint that the rules look at."""
+    folder = run_dir / stage / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_text(json.dumps({"stage": stage} | state))
+    return folder
+
+
+def export(run_dir, stage, value):
+    """Export one tensor as `stage`'s model."""
+    folder = run_dir / stage / "export"
+    save_hf([("model.norm.weight", torch.full((4,), value))], folder, ModelConfig(), torch.float32)
+    write_json(folder / CHECKSUMS, {"model.safetensors": checksum(folder / "model.safetensors")})
+    return folder
+
+
 def begin(run, config):
     """What opening a run writes and refuses, and a stage that begins keeps."""
     _open_run(run, Path(run.run_dir), config, World(0, 1, 0, torch.device("cpu")))
-    _keep_settings(run, "vision")
+    keep_settings(run, "vision")
+    checkpoint(Path(run.run_dir), "vision")
 
 
 def test_other_settings_in_a_begun_stage_are_refused_by_name(tmp_path):
@@ -74,3 +105,113 @@ def test_other_settings_in_a_begun_stage_are_refused_by_name(tmp_path):
     begin(replace(changed, resume="none"), {"is": "new"})
     assert json.loads((tmp_path / "config.json").read_text()) == {"is": "new"}
     assert json.loads((tmp_path / "vision" / "settings.json").read_text())["stages.vision.optim.lr.vit"] == 0.5
+
+
+def test_a_first_attempt_that_came_to_nothing_binds_nobody(tmp_path):
+    mistaken = demo(tmp_path, "stages.vision.packs_per_step=8")
+    _open_run(mistaken, tmp_path, {}, World(0, 1, 0, torch.device("cpu")))
+    keep_settings(mistaken, "vision")
+    mended = demo(tmp_path, "stages.vision.packs_per_step=4")
+    refuse_other_settings(mended, "vision")
+    keep_settings(mended, "vision")
+    assert json.loads((tmp_path / "vision" / "settings.json").read_text())["stages.vision.packs_per_step"] == 4
+    (tmp_path / "vision" / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="packs_per_step: was 4, is 8"):
+        refuse_other_settings(mistaken, "vision")
+
+
+def test_a_setting_that_came_later_had_its_default_before(tmp_path):
+    run = demo(tmp_path)
+    begin(run, {})
+    path = tmp_path / "vision" / "settings.json"
+    held = json.loads(path.read_text())
+    for key in ("stages.vision.optim.clip_norm", "stages.vision.data.sources.captions.max_error_rate"):
+        del held[key]
+    path.write_text(json.dumps(held))
+    refuse_other_settings(run, "vision")
+    with pytest.raises(ConfigError, match=r"\(stages\.vision\.optim\.clip_norm: was 1\.0, is 0\.25\)"):
+        refuse_other_settings(demo(tmp_path, "stages.vision.optim.clip_norm=0.25"), "vision")
+    with pytest.raises(ConfigError, match=r"sources\.more\.shards: was None, is .*set data_change=accept"):
+        refuse_other_settings(demo(tmp_path, "mixture.vision.more={shards: [/s/*.tar], weight: 1}"), "vision")
+
+
+def test_a_stage_begun_with_weights_that_were_trained_anew_is_refused_and_not_in_the_summary(tmp_path):
+    run = demo(tmp_path)
+    first = fingerprint(export(tmp_path, "vision", 1.0))
+    for stage in ("vision", "multitask", "instruct"):
+        keep_settings(run, stage)
+        checkpoint(tmp_path, stage)
+        (tmp_path / stage / "result.json").write_text("{}")
+    refuse_other_weights(run, "multitask")
+    assert fingerprint(export(tmp_path, "vision", 1.0)) == first  # trained anew to the same end
+    refuse_other_weights(run, "multitask")
+    assert fingerprint(export(tmp_path, "vision", 2.0)) != first
+    with pytest.raises(
+        ConfigError, match=r"multitask was begun with other weights.*stage=multitask,instruct resume=none"
+    ):
+        refuse_other_weights(run, "multitask")
+    _summarise(demo(tmp_path, "stage=vision"), tmp_path, 1.0, trained=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (list(summary["stages"]), summary["stale"]) == (["vision"], ["multitask", "instruct"])
+    assert summary["export"] == str(tmp_path / "vision" / "export")
+    _leave_course(run, "multitask", "none")
+    keep_settings(run, "multitask", "none")
+    assert not is_stale(run, "multitask")
+    shutil.rmtree(tmp_path / "vision" / "export")  # to save room
+    refuse_other_weights(run, "instruct")
+
+
+def test_a_restart_goes_on_with_what_its_job_has_done_and_does_the_rest_as_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run = demo(tmp_path, "resume=none")
+    for stage in ("vision", "multitask"):
+        checkpoint(tmp_path, stage, job="slurm 12")
+    assert resume_of(run, "vision", restarted=True) == "none"  # the first start did not come so far
+    checkpoint(tmp_path, "vision", job="slurm 77")
+    assert resume_of(run, "vision", restarted=True) == "auto"
+    assert resume_of(run, "multitask", restarted=True) == "none"
+    assert resume_of(run, "vision", restarted=False) == "none"
+
+
+def test_a_restart_does_not_take_the_same_older_checkpoint_again_nor_miss_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run7")
+    taken = checkpoint(tmp_path, "vision", step=5, job="torchrun run6")
+    run = demo(tmp_path, f"resume={taken}")
+    assert [resume_of(run, stage, restarted=True) for stage in ("language", "vision", "multitask")] == [
+        "auto",
+        str(taken),
+        "none",
+    ]
+    checkpoint(tmp_path, "vision", step=9, job="torchrun run7")
+    shutil.rmtree(taken)  # pruned meanwhile
+    assert resume_of(run, "vision", restarted=True) == "auto"
+    assert resume_of(run, "multitask", restarted=True) == "none"
+    with pytest.raises(ConfigError, match=r"step-00000005/state\.json is missing"):
+        resume_of(run, "vision", restarted=False)
+
+
+def test_ranks_of_one_job_are_told_by_their_launchers(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert (job(), is_restart()) == ("", False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert (job(), is_restart()) == ("torchrun run7", False)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert (job(), is_restart()) == ("slurm 77", True)
+
+
+def test_a_stage_that_starts_anew_leaves_nothing_of_the_old_course_unless_it_cannot_start(tmp_path):
+    folder = tmp_path / "vision"
+    names = ("result.json", "stall.txt", "ledger-rank0.jsonl", "spikes.jsonl", "skipped_updates.jsonl")
+    checkpoint(tmp_path, "vision")
+    for name in names:
+        (folder / name).write_text("")
+    run = demo(tmp_path)
+    with pytest.raises(ConfigError, match="holds no model; run that stage first"):
+        _leave_course(run, "vision", "none")
+    assert {path.name for path in folder.iterdir()} == {"checkpoints", *names}
+    export(tmp_path, "language", 1.0)
+    _leave_course(run, "vision", "none")
+    assert not list(folder.iterdir())

@@ -1,0 +1,217 @@
+"""Which course a stage takes: anew, on from a checkpoint, or done before; from which weights, under which settings.
+
+Enters: the configuration and what earlier starts left in the stage's folder. Leaves: `settings.json`, which holds what
+decides the stage's outcome (the weights it starts from as well), and a `ConfigError` where it would be another's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2vl_train.config import ConfigError, RunConfig
+from qwen2vl_train.export import fingerprint
+from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.restart import job
+
+_WEIGHTS = "initial_weights"  # beside the settings: which weights the stage was begun with
+
+
+def resume_of(run: RunConfig, name: str, restarted: bool = False) -> str:
+    """How stage `name` continues: "auto", "none", or a checkpoint's path.
+
+    `resume=PATH` belongs to the stage that wrote it: stages before it go on as they are, later ones start anew. A job
+    that its launcher has `restarted` goes on from what it has done itself, instead of doing that again each time.
+
+    Raises:
+        ConfigError: the path holds no checkpoint, or one of a stage that is not in the chain.
+    """
+    resume = run.resume
+    if resume not in ("auto", "none"):
+        owner = _owner(run, restarted)
+        if owner not in run.chain:
+            raise ConfigError(f"resume={resume}: a checkpoint of stage {owner}, which chain={list(run.chain)} lacks")
+        if name != owner:
+            resume = "auto" if run.chain.index(name) < run.chain.index(owner) else "none"
+    return "auto" if restarted and _begun_by_this_job(Path(run.run_dir) / name) else resume
+
+
+def _owner(run: RunConfig, restarted: bool) -> str:
+    """The stage that wrote the checkpoint `run.resume`; a restart may find it replaced by later ones of its folder."""
+    path = Path(run.resume)
+    if (path / "state.json").is_file():
+        owner: str = json.loads((path / "state.json").read_text())["stage"]
+        return owner
+    stage = path.resolve().parent.parent
+    if restarted and stage.parent == Path(run.run_dir).resolve() and _begun_by_this_job(stage):
+        return stage.name
+    raise ConfigError(
+        f"resume={run.resume}: {path / 'state.json'} is missing; name a folder step-NNNNNNNN, auto or none"
+    )
+
+
+def _begun_by_this_job(folder: Path) -> bool:
+    """Whether this job wrote the stage's result or one of its checkpoints."""
+    for path in (folder / "result.json", *(folder / "checkpoints").glob("step-????????/state.json")):
+        try:
+            if path.is_file() and json.loads(path.read_text()).get("job") == job():
+                return True
+        except ValueError:  # damaged: the others tell
+            continue
+    return False
+
+
+def initial_weights(run: RunConfig, name: str) -> Path | None:
+    """The folder whose weights stage `name` starts from; None for random ones.
+
+    Raises:
+        ConfigError: the previous stage has no export yet, or the named folder holds no config.json.
+    """
+    wanted = run.stages[name].init_from
+    order = list(run.stages)
+    if wanted == "scratch":
+        return None
+    if wanted == "previous" and order.index(name) == 0:
+        raise ConfigError(
+            f"stages.{name}.init_from=previous: {name} is the first stage; name a Hugging Face folder to start from "
+            "(qwen2vl assemble makes one from Qwen2 and a CLIP tower), or scratch"
+        )
+    path = Path(run.run_dir) / order[order.index(name) - 1] / "export" if wanted == "previous" else Path(wanted)
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"stages.{name}.init_from={wanted}: {path} holds no model; run that stage first, or set init_from to "
+            "'scratch' or to a Hugging Face folder"
+        )
+    return path
+
+
+def refuse_other_settings(run: RunConfig, name: str) -> None:
+    """Neither continue nor reuse stage `name` under other settings than it was begun with.
+
+    A start that left neither checkpoint nor result binds nobody: its settings may have been the mistake.
+
+    Raises:
+        ConfigError: naming each key that differs, with both values.
+    """
+    path = settings_file(run, name)
+    if not path.is_file() or not _has_begun(path.parent):
+        return
+    mine, held = _deciding_settings(run, name), json.loads(path.read_text())
+    held.pop(_WEIGHTS, None)
+    # a key that did not exist then had its default's effect
+    held = {key: value for key, value in _defaults_of(run, name).items() if key in mine} | held
+    changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
+    sources = f"stages.{name}.data.sources."
+    if run.data_change == "accept":
+        changed = [key for key in changed if not key.startswith(sources)]
+    if changed:
+        accept = ", set data_change=accept" if all(key.startswith(sources) for key in changed) else ""
+        listed = "; ".join(f"{key}: was {held.get(key)}, is {mine.get(key)}" for key in changed[:10])
+        raise ConfigError(
+            f"{path.parent} was begun with other settings ({listed}). Restore them{accept}, choose another "
+            f"run_dir, or start the stage anew with stage={name} resume=none"
+        )
+
+
+def refuse_other_weights(run: RunConfig, name: str) -> None:
+    """Neither continue nor reuse stage `name` when the weights it was begun with are not those it would start from now.
+
+    Raises:
+        ConfigError: naming the stages to start anew.
+    """
+    if is_stale(run, name):
+        order = list(run.stages)
+        later = [stage for stage in order[order.index(name) :] if _has_begun(Path(run.run_dir) / stage)]
+        raise ConfigError(
+            f"{Path(run.run_dir) / name} was begun with other weights than {initial_weights(run, name)} holds now: "
+            f"they have been trained anew since. Start what follows anew, too, with stage={','.join(later)} "
+            "resume=none, or choose another run_dir"
+        )
+
+
+def is_stale(run: RunConfig, name: str) -> bool:
+    """Whether stage `name` was begun with other weights than lie now where it would take them."""
+    path = settings_file(run, name)
+    if not path.is_file() or not _has_begun(path.parent):
+        return False
+    held, now = json.loads(path.read_text()).get(_WEIGHTS), _weights_now(run, name)
+    return held is not None and now is not None and held != now
+
+
+def keep_settings(run: RunConfig, name: str, resume: str = "auto") -> None:
+    """Keep what decides the stage's outcome beside it; a stage that goes on keeps the weights it was begun with."""
+    path = settings_file(run, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
+        return
+    goes_on = resume != "none" and path.is_file() and _has_begun(path.parent)
+    weights = json.loads(path.read_text()).get(_WEIGHTS) if goes_on else _weights_now(run, name)
+    write_json(path, _deciding_settings(run, name) | {_WEIGHTS: weights})
+
+
+def settings_file(run: RunConfig, name: str) -> Path:
+    """Where the settings that stage `name` was begun with are kept."""
+    return Path(run.run_dir) / name / "settings.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether the stage left something that a later start would go on from, or reuse."""
+    checkpoints = folder / "checkpoints"
+    kept = any(path for form in ("step-*", ".replaced-step-*") for path in checkpoints.glob(form))
+    return kept or (folder / "result.json").is_file()
+
+
+def _weights_now(run: RunConfig, name: str) -> str | None:
+    """Which weights lie where stage `name` takes its own; None for random ones, or where none lie (any more)."""
+    try:
+        path = initial_weights(run, name)
+    except ConfigError:
+        return None
+    return None if path is None else fingerprint(path)
+
+
+def _deciding_settings(run: RunConfig, name: str) -> dict[str, Any]:
+    """The settings that change what stage `name` makes, flat, as JSON reads them back."""
+    stage = asdict(run.stages[name])
+    for how in ("loader", "remote"):  # workers and caches do not change what is trained
+        stage["data"].pop(how)
+    flat = _flat({"seed": run.seed, "model.config": asdict(run.model.config), f"stages.{name}": stage})
+    plain: dict[str, Any] = json.loads(json.dumps(flat))
+    return plain
+
+
+def _defaults_of(run: RunConfig, name: str) -> dict[str, Any]:
+    """What the same keys are when nobody sets them, as far as they have a default."""
+    flat = _flat({"model.config": _defaults(run.model.config), f"stages.{name}": _defaults(run.stages[name])})
+    plain: dict[str, Any] = json.loads(json.dumps(flat))
+    return plain
+
+
+def _defaults(value: Any) -> dict[str, Any]:
+    """The defaults of a configuration's fields, nested as its values are; fields without one are left out."""
+    if isinstance(value, Mapping):
+        return {key: _defaults(item) for key, item in value.items() if is_dataclass(item)}
+    found: dict[str, Any] = {}
+    for field in fields(value):
+        mine = getattr(value, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if default is not MISSING and not isinstance(mine, Mapping):
+            found[field.name] = asdict(default) if is_dataclass(default) else default  # type: ignore[arg-type]
+        elif is_dataclass(mine) or isinstance(mine, Mapping):
+            found[field.name] = _defaults(mine)
+    return found
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"a.b": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
