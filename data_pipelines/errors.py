@@ -1,13 +1,22 @@
-"""Typed errors of the data way: what broke, in which sample, and what to do.
+"""Typed errors: what the user can mend, told from defects of this program, and what broke in which sample.
 
-Every error carries the sample's (or shard's) key and a short `reason`, the slug under which the ledger counts it.
-All derive from `ValueError`: they report bad input, never a defect of this program.
+A `UserError` ends a command in one message and exit code 2; every other exception, a plain `ValueError` included, in
+its traceback. A `DataError` carries the sample's (or shard's) key and a short `reason`, the slug under which the ledger
+counts it.
 """
 
 from __future__ import annotations
 
 
-class DataError(ValueError):
+class UserError(ValueError):
+    """Bad settings, files or data: the message names key, value and remedy."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that the user named is not there."""
+
+
+class DataError(UserError):
     """Bad input. `key` names the sample or shard, `reason` is the ledger's slug (lower case, words joined by '_')."""
 
     def __init__(self, key: str, reason: str, message: str) -> None:

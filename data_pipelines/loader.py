@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from data_pipelines.config import DataConfig
-from data_pipelines.errors import ShardError
+from data_pipelines.errors import ShardError, UserError
 from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
@@ -191,12 +191,12 @@ class PackLoader:
 def check_step(config: DataConfig, packs_per_step: int, world: int) -> None:
     """Refuse a step that ranks cannot share alike, and a mixture of nothing."""
     if packs_per_step % world or packs_per_step < 1:
-        raise ValueError(
+        raise UserError(
             f"packs_per_step={packs_per_step} is not a multiple of the world size {world}: every rank takes the "
             f"same number of packs; use packs_per_step={-(-max(1, packs_per_step) // world) * world} or other ranks"
         )
     if not config.sources:
-        raise ValueError("data.sources is empty: name at least one source with its shards")
+        raise UserError("data.sources is empty: name at least one source with its shards")
 
 
 def open_pool(
@@ -239,7 +239,7 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], accept_cha
         ValueError: it is not allowed to; with names, values and the remedy.
     """
     if state.get("version") != STATE_VERSION:
-        raise ValueError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")
+        raise UserError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")
     theirs = state["identity"]
     # Plans number the sources, and draw ties by number.
     common = mine.keys() & theirs.keys()
@@ -253,7 +253,7 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], accept_cha
         return changed
     listed = "; ".join(f"{name}: was {theirs.get(name)}, is {mine.get(name)}" for name in changed)
     remedy = ", set data_change=accept to go on with the data as it is now" if only_sources else ""
-    raise ValueError(
+    raise UserError(
         f"cannot continue the data exactly, the settings differ: {listed}. Restore them{remedy}, or start anew"
     )
 

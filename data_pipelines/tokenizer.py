@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
+from data_pipelines.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -92,7 +94,7 @@ class TextTokenizer:
         self.path = str(path)
         source = Path(path) / "tokenizer.json"
         if not source.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{source}: no such file; give the folder of a Qwen2-VL tokenizer, or write tokenizer.json with "
                 f"transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
@@ -101,7 +103,7 @@ class TextTokenizer:
         try:
             backend = Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception for malformed files
-            raise ValueError(f"{source}: not a tokenizer file ({error})") from error
+            raise UserError(f"{source}: not a tokenizer file ({error})") from error
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # their strings are split like any other text
@@ -122,7 +124,7 @@ class TextTokenizer:
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError) as error:
-            raise ValueError(f"text without a UTF-8 encoding: {text[:40]!r}...") from error
+            raise UserError(f"text without a UTF-8 encoding: {text[:40]!r}...") from error
         return ids
 
     def encode_points(self, points: Sequence[tuple[int, int]]) -> list[int]:
@@ -159,14 +161,14 @@ class TextTokenizer:
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         missing = [name for name in SpecialTokens.names() if name not in vocabulary]
         if missing:
-            raise ValueError(f"{source}: special token {', '.join(missing)} is missing; Qwen2-VL needs all of them")
+            raise UserError(f"{source}: special token {', '.join(missing)} is missing; Qwen2-VL needs all of them")
         return SpecialTokens(*(vocabulary[name] for name in SpecialTokens.names()))
 
     def _reject_reachable_specials(self, source: Path) -> None:
         special = {getattr(self.special, f.name) for f in fields(SpecialTokens)}
         for name in SpecialTokens.names():
             if special.intersection(self.encode(f"a {name}b")):
-                raise ValueError(
+                raise UserError(
                     f'{source}: the text {name} becomes a special token; set "special": true for it under '
                     f'"added_tokens", or data could end turns and open images'
                 )

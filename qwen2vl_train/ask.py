@@ -22,6 +22,7 @@ from data_pipelines.config import MediaConfig, Template
 from data_pipelines.decode.image import decode_image
 from data_pipelines.encode.boxes import parse_boxes, parse_quads, to_pixels
 from data_pipelines.encode.sample import SampleEncoder
+from data_pipelines.errors import MissingFileError, UserError
 from data_pipelines.samples import MediaKind, MediaRef, Message, Record, Text
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.generate import Sampling, generate, open_model
@@ -163,11 +164,11 @@ def run_generate(options: argparse.Namespace) -> int:
     media: list[MediaFile] = options.media
     missing = [str(item.path) for item in media if not item.path.is_file()]
     if missing:
-        raise FileNotFoundError(f"no such file: {', '.join(missing)}")
+        raise MissingFileError(f"no such file: {', '.join(missing)}")
     if not (options.model / "config.json").is_file():
-        raise FileNotFoundError(f"--model {options.model}: no config.json there; name a Qwen2-VL folder")
+        raise MissingFileError(f"--model {options.model}: no config.json there; name a Qwen2-VL folder")
     if options.draw and [item.kind for item in media] != ["image"]:
-        raise ValueError("--draw needs exactly one --image: the answer's boxes do not say which picture they are of")
+        raise UserError("--draw needs exactly one --image: the answer's boxes do not say which picture they are of")
     limits = read_limits(options.model)
     if options.max_pixels:
         limits = replace(limits, max_pixels=options.max_pixels, min_pixels=min(limits.min_pixels, options.max_pixels))

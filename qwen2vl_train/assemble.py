@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data_pipelines.config import MediaConfig
+from data_pipelines.errors import MissingFileError, UserError
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.export import save_processing
 from qwen2vl_train.model.config import ModelConfig, VisionConfig
@@ -32,7 +33,7 @@ def assemble(
         FileNotFoundError: a part is not there.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty: name a new folder")
+        raise UserError(f"--out {out} is not empty: name a new folder")
     config = _config(text, TextTokenizer(tokenizer), vision_config)
     model = Qwen2VL(config)
     account = load_from_parts(model, text, vision, seed)
@@ -45,10 +46,10 @@ def _config(text: Path, tokenizer: TextTokenizer, vision: VisionConfig) -> Model
     """Qwen2's sizes with the tokenizer's ids; M-RoPE's sections share the rotated pairs 2 : 3 : 3 as published."""
     path = text / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--text {text}: no config.json there; name a Qwen2 folder")
+        raise MissingFileError(f"--text {text}: no config.json there; name a Qwen2 folder")
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if values.get("model_type") != "qwen2":
-        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}; a Qwen2 text model is wanted")
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; a Qwen2 text model is wanted")
     pairs = values["hidden_size"] // values["num_attention_heads"] // 2
     section = [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]
     special = tokenizer.special

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from data_pipelines.errors import UserError
 from qwen2vl_train.compose import as_yaml, compose_settings
 from qwen2vl_train.config import ConfigError, config_dir, load_config
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     try:
         code: int = options.run(options)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except UserError as error:
         if os.environ.get("QWEN2VL_DEBUG"):
             raise
         rank = os.environ.get("RANK", "0")

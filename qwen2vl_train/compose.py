@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from data_pipelines.errors import UserError
+
 NOT_GIVEN = "(not given)"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot run. The message names the key, its value and what to do."""
 
 

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from data_pipelines.errors import UserError
 from data_pipelines.pack.collate import collate
 from data_pipelines.samples import Encoded, PackedBatch
 from data_pipelines.tokenizer import SpecialTokens
@@ -39,7 +40,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"{self}: temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed")
+            raise UserError(f"{self}: temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed")
 
 
 def open_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> Qwen2VL:
@@ -76,10 +77,10 @@ def generate(
     """
     sampling = sampling or Sampling()
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+        raise UserError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
     empty = [prompt.key for prompt in prompts if not len(prompt.input_ids)]
     if empty:
-        raise ValueError(f"empty prompt: {', '.join(empty)}")
+        raise UserError(f"empty prompt: {', '.join(empty)}")
     if not prompts:
         return []
     weight = model.model.embed_tokens.weight

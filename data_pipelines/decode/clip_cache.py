@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.config import LoaderConfig
+from data_pipelines.errors import UserError
 from data_pipelines.samples import Media, MediaPlan
 from data_pipelines.shards.cache import BlockCache
 
@@ -42,9 +43,9 @@ def open_clip_cache(settings: LoaderConfig) -> ClipCache | None:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError as error:
-        raise ValueError(f"loader.clip_cache={settings.clip_cache}: no such folder can be made ({error})") from error
+        raise UserError(f"loader.clip_cache={settings.clip_cache}: no such folder can be made ({error})") from error
     if not writable:
-        raise ValueError(f"loader.clip_cache={settings.clip_cache}: not writable; name another folder, or null")
+        raise UserError(f"loader.clip_cache={settings.clip_cache}: not writable; name another folder, or null")
     return ClipCache(folder, int(settings.clip_cache_gb * 1e9))
 
 

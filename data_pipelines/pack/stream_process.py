@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import UserError
 from data_pipelines.pack.workers import isolate
 from data_pipelines.plan.stream import StreamedPack, StreamPlanner
 from data_pipelines.samples import LedgerEvent
@@ -31,7 +31,7 @@ class StreamProcess:
     """Packs of the planner that `make_planner` makes in a forked process.
 
     Raises (from `next_pack`):
-        ValueError, DataError: as the planner. RuntimeError: a defect, with its traceback; deaths without a pack.
+        UserError: as the planner. RuntimeError: a defect, with its traceback; deaths without a pack.
     """
 
     def __init__(self, make_planner: MakePlanner) -> None:
@@ -98,7 +98,7 @@ def _serve(pipe: Connection, parents_end: Connection, make: Callable[[], StreamP
             pipe.send_bytes(pickle.dumps(("pack", planner.next_pack()), pickle.HIGHEST_PROTOCOL))
     except BrokenPipeError:
         return
-    except (DataError, ValueError) as error:
+    except UserError as error:
         pipe.send_bytes(pickle.dumps(("error", error)))
     except Exception:
         defect = RuntimeError(f"the process that streams the shards failed:\n{traceback.format_exc()[-8000:]}")

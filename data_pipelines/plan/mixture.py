@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.config import SourceConfig
+from data_pipelines.errors import UserError
 
 _CHUNK = 512
 
@@ -37,7 +38,7 @@ def mixture_phases(
     """
     counted = [source.epochs is not None for source in sources]
     if any(counted) and not all(counted):
-        raise ValueError("some sources state epochs and others do not: state epochs for all, or weights for all")
+        raise UserError("some sources state epochs and others do not: state epochs for all, or weights for all")
     scale: Sequence[float] = [1.0] * len(sources)
     if all(counted):
         scale = [(source.epochs or 0.0) * size for source, size in zip(sources, sizes(), strict=True)]
@@ -68,10 +69,10 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float], drawn: Sequence[int] | None = None) -> None:
         if not weights or any(not math.isfinite(weight) or weight < 0 for weight in weights) or sum(weights) <= 0:
-            raise ValueError(f"weights {list(weights)}: need finite numbers >= 0, at least one above 0")
+            raise UserError(f"weights {list(weights)}: need finite numbers >= 0, at least one above 0")
         self.drawn = [0] * len(weights) if drawn is None else list(drawn)
         if len(self.drawn) != len(weights):
-            raise ValueError(f"{len(self.drawn)} counts for {len(weights)} weights")
+            raise UserError(f"{len(self.drawn)} counts for {len(weights)} weights")
         total = math.fsum(weights)
         self._shares = [weight / total for weight in weights]
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from data_pipelines.errors import UserError
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -74,7 +76,7 @@ class SourceOrder:
                 shard, start = blocks[block]
                 return Block(epoch, shard, self._rows(epoch, shard, start))
             window, block = window + 1, 0
-        raise ValueError(f"source {self._source!r} has no samples in its {self._num_shards} shards")
+        raise UserError(f"source {self._source!r} has no samples in its {self._num_shards} shards")
 
     def _window_blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
         """(shard, first row) of a window's blocks, permuted."""

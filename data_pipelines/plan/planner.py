@@ -18,7 +18,7 @@ from operator import length_hint
 from typing import Any
 
 from data_pipelines.config import MediaConfig, PlanConfig
-from data_pipelines.errors import ShardError
+from data_pipelines.errors import ShardError, UserError
 from data_pipelines.index.source import ShardTable, SourceIndex
 from data_pipelines.plan.balance import CostPacker, PackCost
 from data_pipelines.plan.lengths import sample_lengths
@@ -133,7 +133,7 @@ def new_packer(plan: PlanConfig, state: Mapping[str, Any] | None, cost: PackCost
     if plan.packing == "pool":
         return PoolPacker(*budgets, state)
     if cost is None:
-        raise ValueError("plan.packing=balanced needs the model's cost (PackLoader's argument `cost`); or use pool")
+        raise UserError("plan.packing=balanced needs the model's cost (PackLoader's argument `cost`); or use pool")
     return CostPacker(*budgets, cost, state)
 
 
@@ -200,7 +200,7 @@ class _Cursor:
         self._place = self._order.place
         try:
             block = self._order.next_block()
-        except ValueError as error:
+        except UserError as error:
             raise self._nothing_usable() from error
         table = self._source.table(block.shard)
         lengths, events = sample_lengths(self._source.name, table, block.rows, self._media, self._plan)

@@ -22,7 +22,7 @@ from typing import Any
 from data_pipelines.config import DataConfig
 from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.sample import SampleEncoder
-from data_pipelines.errors import BudgetError, DataError, ShardError
+from data_pipelines.errors import BudgetError, DataError, ShardError, UserError
 from data_pipelines.index.read import probe_media, read_member, read_record, with_media
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.plan.mixture import Mixture, mixture_phases
@@ -99,7 +99,7 @@ class SourceStream:
         world: int,
     ) -> None:
         if len(shards) < world:
-            raise ValueError(
+            raise UserError(
                 f"source {name!r} has {len(shards)} shards for {world} ranks: with reader=webdataset every rank reads "
                 "shards of its own. Use fewer ranks, more shards, or reader=index"
             )
@@ -278,7 +278,7 @@ class StreamPlanner:
 
 
 def _no_sizes() -> Sequence[int]:
-    raise ValueError(
+    raise UserError(
         "epochs and size_temperature need the sources' sizes, which reader=webdataset does not know: state weights, or "
         "use reader=index"
     )

@@ -20,6 +20,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from data_pipelines.config import DataConfig, MediaConfig, PlanConfig, SourceConfig
+from data_pipelines.errors import UserError
 from data_pipelines.plan.balance import COST_NAME, PackCost
 from data_pipelines.shards.names import file_of, public_name
 from data_pipelines.shards.storage import expand_shards
@@ -42,7 +43,7 @@ class DataRun:
 
     def __post_init__(self) -> None:
         if self.world < 1 or self.packs_per_step < 1 or self.packs_per_step % self.world:
-            raise ValueError(
+            raise UserError(
                 f"packs_per_step={self.packs_per_step} is not a multiple of world={self.world}: every rank takes the "
                 "same number of packs; give the numbers the run had"
             )
@@ -83,7 +84,7 @@ def data_run_of(options: argparse.Namespace) -> DataRun:
         ValueError: neither or both of shards and --config, or settings that cannot be.
     """
     if bool(options.shards) == bool(options.config):
-        raise ValueError("give shards to look at, or --config FILE with their settings (one of the two)")
+        raise UserError("give shards to look at, or --config FILE with their settings (one of the two)")
     if options.config:
         run = read_data_run(options.config, options.stage)
         return replace(run, tokenizer=str(options.tokenizer)) if options.tokenizer else run
@@ -115,16 +116,16 @@ def read_data_run(path: Path, stage: str | None = None, **changes: int | None) -
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; give a YAML file or the folder of a run") from error
+        raise UserError(f"{path}: {error.strerror}; give a YAML file or the folder of a run") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML ({error})") from error
+        raise UserError(f"{path} is not YAML ({error})") from error
     if isinstance(settings, Mapping) and "stages" in settings:
         settings = _of_stage(settings, stage, path)
     try:
         changed = {name: value for name, value in changes.items() if value is not None}
         return TypeAdapter(DataRun).validate_python({**settings, **changed})
     except (ValidationError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
@@ -160,7 +161,7 @@ def _of_stage(settings: Mapping[str, Any], stage: str | None, path: Path) -> dic
     if stage is None and len(stages) == 1:
         stage = next(iter(stages))
     if stage is None or stage not in stages:
-        raise ValueError(f"{path} holds the stages {', '.join(stages)}: say which with --stage, not {stage!r}")
+        raise UserError(f"{path} holds the stages {', '.join(stages)}: say which with --stage, not {stage!r}")
     chosen: dict[str, Any] = {
         "tokenizer": settings["data"]["tokenizer"],
         "data": stages[stage]["data"],

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import UserError
 from data_pipelines.loader import PackLoader, new_planner
 from data_pipelines.plan.balance import order_by_cost
 from data_pipelines.plan.planner import Pack, Planner
@@ -40,9 +41,9 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if (self.step is None) == (self.pack is None):
-            raise ValueError("say which packs: --step N (with --rank R for those of one rank), or --pack K")
+            raise UserError("say which packs: --step N (with --rank R for those of one rank), or --pack K")
         if (self.step is not None and self.step < 1) or (self.pack is not None and self.pack < 0):
-            raise ValueError(
+            raise UserError(
                 f"--step {self.step} counts from 1 as the logs do, --pack {self.pack} from 0 as the plan does"
             )
 
@@ -134,7 +135,7 @@ def check_reader(settings: DataRun) -> None:
         ValueError: with what there is instead.
     """
     if settings.data.reader != "index":
-        raise ValueError(
+        raise UserError(
             f"reader={settings.data.reader}: the packs of streamed shards cannot be rebuilt. The run's ledger names "
             "the samples that were lost; `qwen2vl-data inspect` shows what the shards hold"
         )
@@ -149,9 +150,9 @@ def check_rank(settings: DataRun, wanted: Wanted) -> None:
     if wanted.rank is None:
         return
     if wanted.step is None:
-        raise ValueError(f"--rank {wanted.rank} needs --step: a pack by its number has no rank")
+        raise UserError(f"--rank {wanted.rank} needs --step: a pack by its number has no rank")
     if not 0 <= wanted.rank < settings.world:
-        raise ValueError(f"--rank {wanted.rank}: the run has ranks 0 to {settings.world - 1}; see --world")
+        raise UserError(f"--rank {wanted.rank}: the run has ranks 0 to {settings.world - 1}; see --world")
 
 
 def check_course(config: Path, stage: str | None, step: int | None) -> None:
@@ -169,7 +170,7 @@ def check_course(config: Path, stage: str | None, step: int | None) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         spike = json.loads(line)
         if spike.get("returned_to") is not None and step > spike["returned_to"]:
-            raise ValueError(
+            raise UserError(
                 f"--step {step}: the run went back from step {spike['step']} to {spike['returned_to']} and on with "
                 f"other packs; ask for --pack K ({path.name} and the ledger name packs by number)"
             )
@@ -186,7 +187,7 @@ def load_plan(planner: Planner, settings: DataRun, wanted: Wanted, path: Path) -
         state = _loader_state(stored)
         plan = state["plan"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--state {path}: no loader state in it ({error}); name a checkpoint's state.json") from error
+        raise UserError(f"--state {path}: no loader state in it ({error}); name a checkpoint's state.json") from error
     tokenizer = TextTokenizer(settings.tokenizer)
     loader = PackLoader(
         settings.data, tokenizer, settings.packs_per_step, 0, settings.world, settings.seed, cost=settings.cost
@@ -194,7 +195,7 @@ def load_plan(planner: Planner, settings: DataRun, wanted: Wanted, path: Path) -
     loader.load_state_dict(dict(state))  # refuses a state of other settings, naming them
     first = wanted.pack if wanted.step is None else (wanted.step - 1) * settings.packs_per_step
     if first is None or plan["number"] > first:
-        raise ValueError(f"--state {path}: begins at pack {plan['number']}, after pack {first}; name an earlier one")
+        raise UserError(f"--state {path}: begins at pack {plan['number']}, after pack {first}; name an earlier one")
     planner.load_state_dict(plan)
 
 

@@ -21,6 +21,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from data_pipelines.errors import UserError
+
 # In the order of the published ids 151643 to 151656.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -81,7 +83,7 @@ def train_bpe(texts: Iterable[str], out: Path, vocab_size: int = 2048) -> None:
     """
     smallest = ALPHABET_SIZE + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size={vocab_size}: at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} specials)")
+        raise UserError(f"vocab_size={vocab_size}: at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} specials)")
     tokenizer = _untrained()
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_pipelines.errors import UserError
 from data_pipelines.shards.writer import MANIFEST_NAME, ShardFacts, ShardWriter, write_manifest
 from data_pipelines.sources.bpe import train_bpe
 from data_pipelines.sources.demo_documents import HELDOUT_TASKS, demo_texts, make_document
@@ -60,7 +61,7 @@ class DemoSettings:
     def __post_init__(self) -> None:
         for name in ("num_pictures", "num_clips", "num_texts", "num_heldout"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: the demo data needs at least 1")
+                raise UserError(f"{name}={getattr(self, name)}: the demo data needs at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def build_demo(
         num_pictures, num_clips, num_texts, num_heldout, vocab_size, seed, generator=_generator_fingerprint()
     )
     if processes < 1:
-        raise ValueError(f"processes={processes}: give at least 1")
+        raise UserError(f"processes={processes}: give at least 1")
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with _lock(out):
@@ -133,7 +134,7 @@ def _is_complete(out: Path, settings: DemoSettings) -> bool:
         found = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))["settings"]
         generator = found["generator"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out} holds something other than demo data: name another folder or move it away") from error
+        raise UserError(f"{out} holds something other than demo data: name another folder or move it away") from error
     return bool(generator) and found == asdict(settings)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from data_pipelines.errors import UserError
 from qwen2vl_train.model.sharing import Sharing
 
 Backend = Literal["auto", "varlen", "reference"]
@@ -60,7 +61,7 @@ def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) 
     """
     possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if backend == "varlen" and not possible:
-        raise ValueError(f"attention 'varlen' needs CUDA and bf16 or fp16, found {device.type} and {dtype}; use 'auto'")
+        raise UserError(f"attention 'varlen' needs CUDA and bf16 or fp16, found {device.type} and {dtype}; use 'auto'")
     return "varlen" if possible and backend != "reference" else "reference"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_pipelines.config import Positions
+from data_pipelines.errors import UserError
 from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from data_pipelines.tokenizer import SpecialTokens
 
@@ -36,9 +37,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"vision: embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+            raise UserError(f"vision: embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         if self.head_dim % 4:
-            raise ValueError(f"vision: head size {self.head_dim} is not a multiple of 4, which 2D-RoPE needs")
+            raise UserError(f"vision: head size {self.head_dim} is not a multiple of 4, which 2D-RoPE needs")
 
     @property
     def head_dim(self) -> int:
@@ -70,17 +71,17 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"text: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                 f"{self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"text: num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
         if 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"text: mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, "
                 f"half of the head size {self.head_dim} is needed"
             )
@@ -133,16 +134,14 @@ class ModelConfig:
         """
         values = _read(source)
         if values.get("model_type") != "qwen2_vl":
-            raise ValueError(f"model_type is {values.get('model_type')!r}; only 'qwen2_vl' is read here")
+            raise UserError(f"model_type is {values.get('model_type')!r}; only 'qwen2_vl' is read here")
         text = {**values, **(values.get("text_config") or {})}
         vision = values.get("vision_config") or {}
         _refuse_unsupported(text, vision)
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         hidden_size = _need(text, "hidden_size")
         if vision.get("hidden_size", hidden_size) != hidden_size:
-            raise ValueError(
-                f"vision_config.hidden_size {vision['hidden_size']} differs from hidden_size {hidden_size}"
-            )
+            raise UserError(f"vision_config.hidden_size {vision['hidden_size']} differs from hidden_size {hidden_size}")
         section = rope.get("mrope_section", TextConfig.mrope_section)
         return cls(
             vision=VisionConfig(
@@ -225,13 +224,13 @@ def _read(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     values: Any = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a JSON object is expected, found {type(values).__name__}")
+        raise UserError(f"{path}: a JSON object is expected, found {type(values).__name__}")
     return values
 
 
 def _need(values: Mapping[str, Any], name: str) -> int:
     if not isinstance(values.get(name), int):
-        raise ValueError(f"config.json: {name} is {values.get(name)!r}, an integer is needed")
+        raise UserError(f"config.json: {name} is {values.get(name)!r}, an integer is needed")
     return int(values[name])
 
 
@@ -256,6 +255,6 @@ def _refuse_unsupported(text: Mapping[str, Any], vision: Mapping[str, Any]) -> N
     ]
     for name, value, allowed in checks:
         if value not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"config.json: {name} is {value!r}; this model computes only {', '.join(map(repr, allowed))}"
             )

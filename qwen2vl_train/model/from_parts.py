@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipelines.errors import MissingFileError, UserError
 from data_pipelines.samples import TEMPORAL_PATCH_SIZE
 from qwen2vl_train.model.parts import part_of
 from qwen2vl_train.model.qwen2vl import Qwen2VL
@@ -88,7 +89,7 @@ class CombinedParts:
         self._text_names = {name for name in self._text.names() if _is_text(name)}
         unknown += [f"{text_folder}: {name}" for name in self._text.names() if name not in self._text_names]
         if unknown:
-            raise ValueError(f"no rule for these tensors: {'; '.join(sorted(unknown)[:20])}")
+            raise UserError(f"no rule for these tensors: {'; '.join(sorted(unknown)[:20])}")
         if model.config.tie_word_embeddings and "lm_head.weight" in self._text_names:
             self._text_names.remove("lm_head.weight")
             dropped.append("lm_head.weight")
@@ -154,11 +155,11 @@ def _vision_name(stored: str) -> str | None:
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, or of a PyTorch file (memory-mapped; nothing but tensors is unpickled)."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; open_clip weights are wanted (.safetensors, .bin or .pt)")
+        raise MissingFileError(f"{path}: no such file; open_clip weights are wanted (.safetensors, .bin or .pt)")
     if path.suffix == ".safetensors":
         return load_file(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: a state dict of tensors is expected")
+        raise UserError(f"{path}: a state dict of tensors is expected")
     return {name.removeprefix("module."): value for name, value in state.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipelines.errors import MissingFileError
 from qwen2vl_train.report.figures import is_number
 
 State = Literal["finished", "evaluating", "unfinished", "waiting"]
@@ -85,7 +86,7 @@ def read_run(folder: Path) -> Run:
         FileNotFoundError: the folder is absent, or nothing in it comes from a run (a report of nothing would mislead).
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give the run_dir of a run, e.g. runs/demo")
+        raise MissingFileError(f"{folder} is no folder; give the run_dir of a run, e.g. runs/demo")
     faults: list[str] = []
     config = _read_mapping(folder / "config.json", faults)
     summary = _read_mapping(folder / "summary.json", faults)
@@ -94,7 +95,7 @@ def read_run(folder: Path) -> Run:
     names = dict.fromkeys([*planned, *(str(line["stage"]) for line in lines)])
     names |= dict.fromkeys(sorted(path.parent.name for path in folder.glob("*/result.json")))
     if not config and not lines and not any((folder / name / "result.json").is_file() for name in names):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} holds no config.json, metrics.jsonl or STAGE/result.json: it is no run's folder; "
             "give the run_dir of a run, e.g. runs/demo"
         )

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import EngineConfig, OptimConfig
 from qwen2vl_train.model.head import LossOutput
@@ -205,7 +206,7 @@ class Engine:
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_lr_scheduler_states=False)
         if loaded is None:
-            raise ValueError(f"{folder}: DeepSpeed found no checkpoint in it; name another one with resume=PATH")
+            raise UserError(f"{folder}: DeepSpeed found no checkpoint in it; name another one with resume=PATH")
         for group, kept in zip(self._engine.basic_optimizer.param_groups, settings, strict=True):
             group.update(kept)
 

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store
 
+from data_pipelines.errors import UserError
 from data_pipelines.whole import write_whole
 from qwen2vl_train.training.world import World
 
@@ -39,7 +40,7 @@ def exit_after(error: Exception, world: World, code: int | None = None) -> NoRet
 
     Without leaving the process group: other ranks may wait in a collective that will never come.
     """
-    mendable = isinstance(error, (ValueError, FileNotFoundError))
+    mendable = isinstance(error, UserError)
     own: dict[str, Any] = {
         "rank": world.rank,
         "host": socket.gethostname(),

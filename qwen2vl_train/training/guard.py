@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import GuardConfig
 from qwen2vl_train.training.step import StepResult
@@ -20,7 +21,7 @@ from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """Too many updates were left out because loss or gradients were not finite."""
 
 

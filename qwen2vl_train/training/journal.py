@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import StageConfig
 from qwen2vl_train.model.config import ModelConfig
@@ -25,7 +26,7 @@ from qwen2vl_train.training.window import Progress, Window, slowest_wait_s
 from qwen2vl_train.training.world import World
 
 
-class ErrorBudgetError(ValueError):
+class ErrorBudgetError(UserError):
     """A dataset lost more samples than its configuration allows."""
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import GuardConfig
 from qwen2vl_train.training.step import StepResult
@@ -29,7 +30,7 @@ from qwen2vl_train.training.world import World
 _LEAST_SPREAD = 0.01  # of the mean: on a plateau, the deviation alone would call every breath of the data a spike
 
 
-class SpikeError(ValueError):
+class SpikeError(UserError):
     """The loss jumped more often than the configuration allows."""
 
 

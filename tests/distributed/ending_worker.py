@@ -2,6 +2,7 @@
 
 Usage: ending_worker FOLDER OPTIONS.json    {"fails": rank} raises there, and the other ranks wait without an end, as in
 a collective of NCCL; with "collective": true they wait in one of gloo. {"stall_s": s} of the watchdog.
+"error": "defect" | "mistake": a program's bug or what the user can mend, for the plain RuntimeError.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ import sys
 import time
 from pathlib import Path
 
+from data_pipelines.errors import MissingFileError
 from qwen2vl_train.config import WatchdogConfig
 from qwen2vl_train.training.failure import exit_after
 from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.world import World, start_world
 
 
+def fail(kind: str) -> None:
+    if kind == "defect":
+        list(zip([1], [], strict=True))
+    if kind == "mistake":
+        raise MissingFileError("shards/a.tar: no such file")
+    raise RuntimeError("the weights are of another model")
+
+
 def run(world: World, folder: Path, options: dict) -> None:
     with Watchdog(WatchdogConfig(options.get("stall_s", 60), 100), world, folder) as watchdog:
         watchdog.note("loading the model")
         if options.get("fails") == world.rank:
-            raise RuntimeError("the weights are of another model")
+            fail(options.get("error", ""))
         if options.get("collective"):
             world.barrier()
         time.sleep(1000)

@@ -50,6 +50,22 @@ def test_a_rank_that_fails_outside_the_loop_ends_those_that_wait_for_it(tmp_path
     assert told.rstrip().endswith("error (rank 1): RuntimeError: the weights are of another model")
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("defect", 1, "in fail\n    list(zip([1], [], strict=True))\n"),
+        ("mistake", 2, "error (rank 0): shards/a.tar: no such file"),
+    ],
+)
+def test_a_defect_shows_its_traceback_and_a_mistake_one_line(tmp_path, error, code, said):
+    """Both are ValueErrors; a defect is none of the user's."""
+    (rank,) = start_ranks(tmp_path, 1, fails=0, error=error)
+    told = rank.communicate(timeout=120)[1]
+    assert rank.returncode == code
+    assert said in told
+    assert ("Traceback" in told) == (error == "defect")
+
+
 def test_a_stalled_rank_ends_with_76_though_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with open("/dev/full", "w") as full:
