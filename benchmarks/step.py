@@ -1,8 +1,9 @@
-"""A step of the trainer (engine, loader, guard, journal) against plain PyTorch DDP on the same packs, 2 CPU ranks.
+"""A step of the trainer, with all that its loop calls, against plain PyTorch DDP on the same packs, 2 CPU ranks.
 
     python -m benchmarks.step [--rounds 5] [--steps 3]
 
 The three ways take turns in the same two processes, so that a busy machine slows them alike; medians over the rounds.
+Checkpoints are timed apart, and the watchdog's thread (a message every 5 s) runs beside all three ways.
 DDP gets packs that were decoded beforehand: `wrap_ratio` (ZeRO-1) and `wrap_ratio_zero3` hold the loader's work, too;
 `engine_ratio` and `engine_ratio_zero3` leave the waiting for packs out. Then a checkpoint, its loading, and the time
 from the launcher's start to the end of the first step. The last line is JSON.
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.samples import PackedBatch
 from data_pipelines.tokenizer import TextTokenizer
@@ -34,13 +36,17 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise
 from qwen2vl_train.stages import model_config, prepare_data
+from qwen2vl_train.training.ahead import DeviceFeed
 from qwen2vl_train.training.checkpoint import CheckpointStore
 from qwen2vl_train.training.engine import Engine, building
 from qwen2vl_train.training.guard import Guard
 from qwen2vl_train.training.journal import Journal
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.optim import build_optimizer, parameter_groups
+from qwen2vl_train.training.schedule import rate_factor
+from qwen2vl_train.training.spikes import SpikeGuard
 from qwen2vl_train.training.step import train_step
+from qwen2vl_train.training.stopping import StopRequest
 from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World, end_world, start_world
@@ -92,10 +98,10 @@ class Plain:
 
 
 class Ours:
-    """The trainer's loop body at one stage of ZeRO."""
+    """The body of `Trainer._train`'s loop, but for saving, at one stage of ZeRO."""
 
-    def __init__(self, setup: Setup, zero_stage: int, folder: Path) -> None:
-        self.setup, self.wait_s = setup, 0.0
+    def __init__(self, setup: Setup, zero_stage: int, folder: Path, stop: StopRequest, watchdog: Watchdog) -> None:
+        self.setup, self.stop, self.watchdog, self.wait_s = setup, stop, watchdog, 0.0
         config = replace(setup.run.engine, zero_stage=zero_stage)
         with building(config, setup.world):
             model = Qwen2VL(setup.model)
@@ -116,21 +122,32 @@ class Ours:
             setup.world,
             setup.monitor,
         )
+        self.ledger = Ledger(folder / f"ledger-zero{zero_stage}-rank{setup.world.rank}.jsonl")
         self.guard = Guard(setup.run.guard, folder, setup.world)
-        self.watchdog = Watchdog(setup.run.watchdog, setup.world, folder / f"zero{zero_stage}")
+        self.spikes = SpikeGuard(setup.run.guard, folder, setup.world)
+        self.feed = DeviceFeed(setup.world.device)
         self.progress = Progress()
 
     def step(self) -> None:
-        journal = self.journal
+        journal, step = self.journal, self.progress.step + 1
         before = journal.window.wait_s
+        self.watchdog.note(f"waiting for the packs of step {step}")
         packs = journal.window.timed_next(self.packs)
         self.wait_s += journal.window.wait_s - before
-        self.engine.set_rates(1.0)
-        result = train_step(self.engine, packs, journal.totals, self.setup.world, False, self.watchdog.note_pack)
+        self.engine.set_rates(rate_factor(self.progress.step, self.setup.stage.length, self.setup.stage.schedule))
+        self.watchdog.note(f"counting the labels of step {step}")
+        result = train_step(
+            self.engine, packs, journal.totals, self.setup.world, self.stop.requested, self.watchdog.note_pack,
+            self.feed,
+        )  # fmt: skip
         journal.count(packs)
-        self.progress.step += 1
+        self.ledger.add(packs)
+        self.progress.step = step
+        self.progress.trained_tokens += result.tokens
+        self.watchdog.note(f"bookkeeping of step {step}")
         self.guard.check(result, packs, self.progress)
-        if self.progress.step % 10 == 0:
+        self.spikes.judge(result, self.progress)
+        if step % self.setup.run.monitor.log_every == 0:
             journal.log(self.engine, self.progress)
 
 
@@ -149,16 +166,24 @@ def prepare(folder: Path) -> Setup:
 
 
 def compare(folder: Path, rounds: int, steps: int) -> None:
-    """Worker: time the three ways in turns, then a checkpoint and its loading; rank 0 writes the figures."""
+    """Worker: the comparison between two ends of the process group."""
     setup = prepare(folder)
+    with StopRequest() as stop, Watchdog(setup.run.watchdog, setup.world, folder / "run") as watchdog:
+        time_ways(setup, folder, rounds, steps, stop, watchdog)
+    setup.world.barrier()
+    end_world()
+
+
+def time_ways(setup: Setup, folder: Path, rounds: int, steps: int, stop: StopRequest, watchdog: Watchdog) -> None:
+    """Time the three ways in turns, then a checkpoint and its loading; rank 0 writes the figures."""
     loader = setup.loader()
     ready = iter(loader)
     packs = [next(ready)[0] for _ in range((rounds + 1) * steps)]
     tokens = statistics.mean(pack.num_tokens for pack in packs) * RANKS
     ways = {
         "ddp": Plain(setup, packs),
-        "zero1": Ours(setup, 1, folder / "run"),
-        "zero3": Ours(setup, 3, folder / "run"),
+        "zero1": Ours(setup, 1, folder / "run", stop, watchdog),
+        "zero3": Ours(setup, 3, folder / "run", stop, watchdog),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     waits: dict[str, list[float]] = {name: [] for name in ways}
@@ -198,14 +223,13 @@ def compare(folder: Path, rounds: int, steps: int) -> None:
             "resume_s": loaded - saved,
         }
         (folder / "figures.json").write_text(json.dumps(figures))
-    setup.world.barrier()
-    end_world()
 
 
 def first_step(folder: Path) -> None:
     """Worker: build, load data, one step; rank 0 writes when it was done."""
     setup = prepare(folder)
-    Ours(setup, 3, folder / "run").step()
+    with StopRequest() as stop, Watchdog(setup.run.watchdog, setup.world, folder / "run") as watchdog:
+        Ours(setup, 3, folder / "run", stop, watchdog).step()
     if setup.world.is_main:
         (folder / "first_step").write_text(repr(time.time()))
     setup.world.barrier()
