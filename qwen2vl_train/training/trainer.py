@@ -33,6 +33,7 @@ from qwen2vl_train.training.guard import Guard
 from qwen2vl_train.training.journal import Journal
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.optim import parameter_groups
+from qwen2vl_train.training.records import forget_packs
 from qwen2vl_train.training.schedule import rate_factor
 from qwen2vl_train.training.sequence import SequenceGroup
 from qwen2vl_train.training.spikes import Spike, SpikeGuard
@@ -251,6 +252,7 @@ class Trainer:
         path = None if self._resume_from == "none" else store.find(self._resume_from)
         if path is None:
             self._monitor.forget_after(self._name, -1)
+            self._world.from_main(lambda: forget_packs(self._folder, None))
             return Progress()
         state = store.load(engine, path)
         restarts = loader.load_state_dict(state["loader"], accept_changes=self._run.data_change == "accept")
@@ -258,6 +260,7 @@ class Trainer:
             self._monitor.warn(f"{self._name}, data: {restart}")
         progress = Progress(**state["progress"])
         self._monitor.forget_after(self._name, progress.step)
+        self._world.from_main(lambda: forget_packs(self._folder, state["loader"]))
         ranks = "" if state["world"] == self._world.size else f", written by {state['world']} rank(s)"
         self._monitor.console.print(
             f"  resumed from {path} after step {progress.step}{ranks}", highlight=False, soft_wrap=True

@@ -1,10 +1,12 @@
 """What a resumed engine takes from its checkpoint and what from its configuration; every ZeRO stage moves its ranks."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from tests.distributed import launch
 from tests.distributed.launch import torchrun
 
 pytestmark = pytest.mark.distributed
@@ -68,3 +70,16 @@ def test_a_rank_killed_while_a_checkpoint_is_written_is_not_called_a_full_disk(t
     assert "could not write" not in done.stderr
     assert "Signal 9 (SIGKILL) received" in done.stderr
     assert [path.name for path in folder.glob("step-*")] == ["step-00000001"]
+
+
+@pytest.mark.slow
+def test_a_skipped_update_that_is_met_again_after_a_resume_is_written_down_once(tmp_path):
+    options = {"packs": 2, "every": 2, "bad_packs": {"5": "loss"}}
+    first = launch.train(1, tmp_path, steps=3, **options)  # pack 5 is of the third step
+    assert first.returncode == 0, first.stderr[-3000:]
+    shutil.rmtree(tmp_path / "main" / "checkpoints" / "step-00000003")
+    again = launch.train(1, tmp_path, steps=4, **options)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "after step 2" in again.stdout
+    lines = (tmp_path / "main" / "skipped_updates.jsonl").read_text().splitlines()
+    assert [json.loads(line)["pack"] for line in lines] == [5]

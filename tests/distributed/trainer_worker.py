@@ -103,7 +103,7 @@ class HandMadeLoader:
         return {"even": 0.5, "odd": 0.5}
 
     def state_dict(self) -> dict:
-        return {"step": self._step}
+        return {"step": self._step, "plan": {"number": self._step * self._packs}}
 
     def load_state_dict(self, state: dict, accept_changes: bool = False) -> list[str]:
         self._step = state["step"]

@@ -1,0 +1,44 @@
+"""What a stage writes down of single packs (ledger, skipped updates, spikes), kept true when it is resumed.
+
+Enters: the stage's folder and the loader's state in the checkpoint that is gone on from. Leaves: the files without the
+lines of packs that are trained again, so that each stands in them once. Packs behind a spike are not trained again:
+their lines stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.whole import write_whole
+
+_FILES = ("ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl")
+
+
+def forget_packs(folder: Path, loader_state: Mapping[str, Any] | None) -> None:
+    """Drop the lines of packs that follow `loader_state` (None: of all), and a last line that a killed run left half.
+
+    >>> next_pack({"plan": {"number": 12}}), next_pack({"stream": {"packs": 8}}), next_pack(None)
+    (12, 8, 0)
+    """
+    first = next_pack(loader_state)
+    for path in (path for form in _FILES for path in folder.glob(form)):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and _last_pack(json.loads(line)) < first]
+        if len(kept) < len(lines):
+            write_whole(path, "".join(kept))
+
+
+def next_pack(loader_state: Mapping[str, Any] | None) -> int:
+    """The number of the first pack that a loader in this state hands out."""
+    if loader_state is None:
+        return 0
+    number: int = loader_state["plan"]["number"] if "plan" in loader_state else loader_state["stream"]["packs"]
+    return number
+
+
+def _last_pack(line: Mapping[str, Any]) -> int:
+    """Of a line that stands for one pack, or (spikes) for those of a step."""
+    return max((pack["pack"] for pack in line["packs"]), default=-1) if "packs" in line else int(line["pack"])
