@@ -131,15 +131,27 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.stage not in run.stages or not run.data.heldout:
         raise ConfigError(f"--stage {options.stage}: choose of {list(run.stages)}; data.heldout={run.data.heldout}")
     from qwen2vl_train.evaluation.runner import evaluate
+    from qwen2vl_train.training.failure import exit_after
+    from qwen2vl_train.training.watchdog import Watchdog
     from qwen2vl_train.training.world import end_world, start_world
 
     world = start_world(run.engine.timeout_s)
+    data = run.stages[options.stage].data
     try:
-        report = evaluate(options.model, run.data.heldout, run.stages[options.stage].data, run.evaluation, world)
+        with Watchdog(run.watchdog, world, folder=None) as watchdog:
+
+            def scored(count: int) -> None:
+                """Told after each held-out set."""
+                watchdog.note(f"evaluating, {count} sets done", limit_s=run.watchdog.save_s)
+
+            scored(0)
+            report = evaluate(options.model, run.data.heldout, data, run.evaluation, world, scored)
         if world.is_main:
             print(json.dumps({"held_out": report.metrics, "majority": report.baseline}, indent=1))
-    finally:
-        end_world()
+        world.barrier()
+    except Exception as error:
+        exit_after(error, world)
+    end_world()
     return 0
 
 

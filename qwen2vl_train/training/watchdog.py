@@ -79,7 +79,8 @@ class Watchdog:
     Where another rank fails, it also ends this one, which may wait for that rank in a collective (NCCL's never end).
     """
 
-    def __init__(self, config: WatchdogConfig, world: World, folder: Path) -> None:
+    def __init__(self, config: WatchdogConfig, world: World, folder: Path | None) -> None:
+        """Keep reports and stacks in `folder`; with None they go to stderr alone."""
         self._config = config
         self._world = world
         self._folder = folder
@@ -149,6 +150,8 @@ class Watchdog:
 
     def _open_stacks(self) -> None:
         """This rank's stacks go to a file that keeps those of earlier starts; without room for it, to stderr."""
+        if self._folder is None:
+            return
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             file = (self._folder / f"stacks-rank{self._world.rank}.txt").open("a")
@@ -205,8 +208,9 @@ class Watchdog:
         speaker = min((rank for rank in beats if rank not in silent), default=self._world.rank)
         if speaker == self._world.rank:
             text = describe_stall(beats, silent, self._config.stall_s)
-            with suppress(OSError), (self._folder / "stall.txt").open("a") as file:
-                file.write(f"{text}\n")
+            if self._folder is not None:
+                with suppress(OSError), (self._folder / "stall.txt").open("a") as file:
+                    file.write(f"{text}\n")
             self._ask(lambda: store.set("reported", text))
         else:
             text = self._ask(lambda: store.get("reported").decode())  # waits for it

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from data_pipelines.errors import UserError
 from qwen2vl_train.training.restart import is_restart
 
 T = TypeVar("T")
@@ -94,6 +95,9 @@ def start_world(timeout_s: float) -> World:
     """Join the process group (NCCL on CUDA, gloo on CPU) and say which device is this rank's.
 
     `timeout_s` bounds every collective: a rank that never arrives ends the run instead of hanging it.
+
+    Raises:
+        UserError: more ranks on this machine than GPUs, or the ranks cannot meet (a port in use, a wrong address).
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
@@ -102,8 +106,19 @@ def start_world(timeout_s: float) -> World:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={local_rank}, and this machine shows {torch.cuda.device_count()} GPU(s): start one rank "
+                "for each (--nproc-per-node, --num_gpus, --ntasks-per-node), or look at CUDA_VISIBLE_DEVICES"
+            )
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    except dist.DistError as error:
+        raise UserError(
+            f"the ranks cannot meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}); choose a free port and an address of rank 0's machine that all reach"
+        ) from error
     starts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(starts, (secrets.token_hex(4), is_restart()))
     restarted = any(again for _, again in starts)

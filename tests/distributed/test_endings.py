@@ -80,3 +80,47 @@ def test_a_second_stall_leaves_the_first_ones_report_and_stacks(tmp_path):
         assert rank.returncode == 76
     assert (tmp_path / "stall.txt").read_text().count("STALLED") == 2
     assert (tmp_path / "stacks-rank0.txt").read_text().count("ending_worker.py") >= 2
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        command = [sys.executable, "-m", "qwen2vl_train", "train", "experiment=demo", f"run_dir={tmp_path}"]
+        places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment(**places), capture_output=True, text=True, timeout=120, check=False
+        )
+    assert ended.returncode == 2
+    assert f"error (rank 0): the ranks cannot meet at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} (" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_rank_that_fails_in_an_evaluation_ends_the_others(tmp_path):
+    """The other one waits as in a collective of NCCL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = (
+        "import sys, time; from qwen2vl_train import cli; from qwen2vl_train.evaluation import runner\n"
+        "def evaluate(model, heldout, data, config, world, progress):\n"
+        "    if world.rank: raise RuntimeError('the cause')\n"
+        "    time.sleep(1000)\n"
+        "runner.evaluate = evaluate; sys.exit(cli.main(['evaluate', 'x', 'experiment=demo']))"
+    )
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment(RANK=rank, **places),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    )
+    assert "error (rank 1): RuntimeError: the cause" in second.communicate(timeout=120)[1]
+    ended = time.monotonic()
+    assert first.communicate(timeout=60)[1].rstrip().endswith("error (rank 1): RuntimeError: the cause")
+    assert time.monotonic() - ended < 30
