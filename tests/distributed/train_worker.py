@@ -62,7 +62,7 @@ def main() -> None:
     train(world, *sys.argv[1:])
     world.barrier()
     end_world()
-    print("left behind:", left_behind())
+    sys.stdout.write(f"left behind: {left_behind()}\n")  # one write: ranks share the output
 
 
 main()
