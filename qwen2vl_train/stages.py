@@ -295,15 +295,14 @@ def _summarise(run: RunConfig, folder: Path, minutes: float, trained: bool) -> N
     for before, name in pairwise(run.stages):
         if is_stale(run, name) or (before in stale and run.stages[name].init_from == "previous"):
             stale.append(name)
-            stages.pop(name, None)
     write_json(
         path,
         {
             "minutes": minutes,
             "export": str((folder / last / "export").resolve()),
             "report": str((folder / "report.html").resolve()),
-            "stages": stages,
-            "stale": stale,
+            "stages": {name: result for name, result in stages.items() if name not in stale},
+            "stale": [name for name in stale if name in stages],
         },
     )
 

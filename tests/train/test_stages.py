@@ -138,7 +138,7 @@ def test_a_setting_that_came_later_had_its_default_before(tmp_path):
 def test_a_stage_begun_with_weights_that_were_trained_anew_is_refused_and_not_in_the_summary(tmp_path):
     run = demo(tmp_path)
     first = fingerprint(export(tmp_path, "vision", 1.0))
-    for stage in ("vision", "multitask", "instruct"):
+    for stage in ("language", "vision", "multitask", "instruct"):
         keep_settings(run, stage)
         checkpoint(tmp_path, stage)
         (tmp_path / stage / "result.json").write_text("{}")
@@ -152,8 +152,11 @@ def test_a_stage_begun_with_weights_that_were_trained_anew_is_refused_and_not_in
         refuse_other_weights(run, "multitask")
     _summarise(demo(tmp_path, "stage=vision"), tmp_path, 1.0, trained=True)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (list(summary["stages"]), summary["stale"]) == (["vision"], ["multitask", "instruct"])
+    assert (list(summary["stages"]), summary["stale"]) == (["language", "vision"], ["multitask", "instruct"])
     assert summary["export"] == str(tmp_path / "vision" / "export")
+    (tmp_path / "multitask" / "result.json").unlink()
+    _summarise(demo(tmp_path, "stage=vision"), tmp_path, 1.0, trained=True)
+    assert json.loads((tmp_path / "summary.json").read_text())["stale"] == ["instruct"]
     _leave_course(run, "multitask", "none")
     keep_settings(run, "multitask", "none")
     assert not is_stale(run, "multitask")
