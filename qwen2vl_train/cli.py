@@ -107,9 +107,9 @@ def _train(options: argparse.Namespace) -> int:
     from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted, StopRequest
     from qwen2vl_train.training.world import end_world, start_world
 
+    world = start_world(run.engine.timeout_s)  # until the ranks have met, a signal ends them at once
     code = 0
-    with StopRequest(announce=os.environ.get("RANK", "0") == "0") as stop:
-        world = start_world(run.engine.timeout_s)
+    with StopRequest(announce=world.is_main) as stop:
         try:
             summary = run_chain(run, settings, world, stop)
             if world.is_main:

@@ -1,8 +1,8 @@
 """Pre-emption: a signal asks the run to stop; it ends where nothing is lost, with an exit code that says "again".
 
-Enters: SIGTERM, SIGUSR1 or Ctrl-C in any rank, at any time of the run. Leaves: a flag that the loop's next step spreads
-to every rank, which then write a checkpoint; outside the loop, the next boundary between two pieces of work ends the
-run. Exit code 75 (EX_TEMPFAIL: start the same command again).
+Enters: SIGTERM, SIGUSR1 or Ctrl-C in any rank, once the ranks have met (before, nothing can be lost). Leaves: a flag
+that the loop's next step spreads to every rank, which then write a checkpoint; outside the loop, the next boundary
+between two pieces of work ends the run. Exit code 75 (EX_TEMPFAIL: start the same command again).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Preempted(Exception):  # noqa: N818  (an order that was carried out, not a
 
 
 class StopRequest:
-    """Entered around a whole run: signals set `requested` instead of ending the process; main thread only.
+    """Entered around a whole run; signals then set `requested` instead of ending the process. Main thread only.
 
     Repeated signals change nothing: torchrun passes Ctrl-C on to ranks that the terminal has signalled already.
     `announce` says at once that the signal was heard: up to the next boundary it can take minutes.

@@ -196,11 +196,7 @@ def slowly(tensors, pause_s: float):
 
 
 def main() -> int:
-    with StopRequest() as stop:
-        return train(Path(sys.argv[1]), json.loads(sys.argv[2]), stop)
-
-
-def train(run_dir: Path, options: dict, stop: StopRequest) -> int:
+    run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     run = configure(run_dir, options)
     world = start_world(run.engine.timeout_s)
@@ -238,7 +234,7 @@ def train(run_dir: Path, options: dict, stop: StopRequest) -> int:
     init = Path(options["init"]) if "init" in options else None
     code = 0
     try:
-        with Watchdog(run.watchdog, world, run_dir) as watchdog:
+        with StopRequest() as stop, Watchdog(run.watchdog, world, run_dir) as watchdog:
             Trainer(run, "main", init, run.model.config, world, monitor, run.resume).fit(stop, watchdog)
     except Preempted as order:
         print(order, file=sys.stderr)
