@@ -2,7 +2,7 @@
 
 Enters: a Hugging Face folder and held-out shards by task, one question per record. Leaves: a `Report` with a figure
 per task, the majority baseline and some pictures with true and predicted answers. The records are shared out over the
-ranks; each rank holds the whole model as for inference: in bfloat16 on CUDA (16 GB for 7B), in float32 on the CPU.
+ranks; each rank holds the whole model as for inference: in bfloat16 on CUDA (17 GB for 7B), in float32 on the CPU.
 """
 
 from __future__ import annotations

@@ -86,6 +86,22 @@ def test_the_summary_holds_every_stage_and_is_the_last_line_printed(finished):
 
 
 @pytest.mark.distributed
+def test_each_stage_says_what_trains_and_logs_the_mixture_it_gets_beside_the_wanted_one(finished):
+    folder, _ = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in STAGES:
+        trained = json.loads((folder / name / "result.json").read_text())["trained"]
+        parts = json.loads((folder / name / "parameters.json").read_text())
+        assert {part for part, counts in parts.items() if counts["trainable"]} == set(trained)
+        assert all((counts["trainable"] == 0) != (counts["frozen"] == 0) for counts in parts.values())
+        for line in lines:
+            if line["stage"] == name and "loss" in line:
+                wanted = {key: share for key, share in line.items() if key.endswith(".wanted")}
+                assert sum(wanted.values()) == pytest.approx(1)
+                assert sum(line[key.removesuffix(".wanted")] for key in wanted) == pytest.approx(1)
+
+
+@pytest.mark.distributed
 def test_the_export_loads_in_transformers_with_the_trainers_logits(finished):
     export = finished[0] / "instruct" / "export"
     theirs, loading = Qwen2VLForConditionalGeneration.from_pretrained(export, dtype="float32", output_loading_info=True)
