@@ -31,10 +31,11 @@ from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.samples import PackedBatch
 from data_pipelines.tokenizer import TextTokenizer
-from qwen2vl_train.config import RunConfig, StageConfig, load_config
+from qwen2vl_train.config import RunConfig, StageConfig
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise
+from qwen2vl_train.overrides import load_config
 from qwen2vl_train.stages import model_config, prepare_data
 from qwen2vl_train.training.ahead import DeviceFeed
 from qwen2vl_train.training.checkpoint import CheckpointStore

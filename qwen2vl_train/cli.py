@@ -15,7 +15,8 @@ from pathlib import Path
 
 from data_pipelines.errors import UserError
 from qwen2vl_train.compose import as_yaml, compose_settings
-from qwen2vl_train.config import ConfigError, config_dir, load_config
+from qwen2vl_train.config import ConfigError
+from qwen2vl_train.overrides import config_dir, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,13 +15,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from data_pipelines.errors import UserError
+from qwen2vl_train.config import ConfigError
 
 NOT_GIVEN = "(not given)"
-
-
-class ConfigError(UserError):
-    """A configuration that cannot run. The message names the key, its value and what to do."""
 
 
 @dataclass(frozen=True)

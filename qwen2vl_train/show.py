@@ -13,7 +13,8 @@ from typing import Any
 
 from data_pipelines.report.data_run import DataRun
 from data_pipelines.report.show import add_show_options, show
-from qwen2vl_train.config import ConfigError, RunConfig, load_config
+from qwen2vl_train.config import ConfigError, RunConfig
+from qwen2vl_train.overrides import load_config
 from qwen2vl_train.training.balancing import pack_cost
 
 

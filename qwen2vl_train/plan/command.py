@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from qwen2vl_train.config import ConfigError, load_config
+from qwen2vl_train.config import ConfigError
+from qwen2vl_train.overrides import load_config
 
 
 def add_arguments(commands: Any) -> None:

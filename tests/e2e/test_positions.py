@@ -9,8 +9,9 @@ import torch
 from data_pipelines.config import SourceConfig
 from data_pipelines.loader import PackLoader
 from data_pipelines.streaming import StreamLoader
-from qwen2vl_train.config import ConfigError, load_config
+from qwen2vl_train.config import ConfigError
 from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.overrides import load_config
 from tests.data.tiny_shards import make_tiny_shards
 
 

@@ -7,7 +7,8 @@ import yaml
 
 from qwen2vl_train.cli import main
 from qwen2vl_train.compose import NOT_GIVEN
-from qwen2vl_train.config import ConfigError, config_dir, load_config
+from qwen2vl_train.config import ConfigError
+from qwen2vl_train.overrides import config_dir, load_config
 
 PLACES = {
     "demo": [],

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwen2vl_train.config import load_config
+from qwen2vl_train.overrides import load_config
 from qwen2vl_train.training.environment import RankFacts, _shards, check_environment, find_faults
 from qwen2vl_train.training.world import end_world, start_world
 

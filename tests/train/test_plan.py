@@ -10,9 +10,10 @@ from rich.console import Console
 
 from data_pipelines.loader import PackLoader, open_sources
 from qwen2vl_train.cli import main
-from qwen2vl_train.config import EngineConfig, LearningRates, OptimConfig, StageConfig, load_config
+from qwen2vl_train.config import EngineConfig, LearningRates, OptimConfig, StageConfig
 from qwen2vl_train.model.config import ModelConfig, TextConfig
 from qwen2vl_train.model.cost import PackLengths, pack_flops
+from qwen2vl_train.overrides import load_config
 from qwen2vl_train.plan.forecast import forecast
 from qwen2vl_train.plan.hardware import find_hardware
 from qwen2vl_train.plan.memory import Setting, candidates, common_ranks, heaviest_packs, rank_memory

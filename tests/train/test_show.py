@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data_pipelines.report.data_run import read_data_run
-from qwen2vl_train.config import ConfigError, load_config
+from qwen2vl_train.config import ConfigError
+from qwen2vl_train.overrides import load_config
 from qwen2vl_train.show import data_run
 from qwen2vl_train.training.balancing import write_pack_cost
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen2vl_train.config import ConfigError, load_config
+from qwen2vl_train.config import ConfigError
 from qwen2vl_train.course import (
     initial_weights,
     is_stale,
@@ -20,6 +20,7 @@ from qwen2vl_train.course import (
 from qwen2vl_train.export import CHECKSUMS, fingerprint
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.weights import save_hf
+from qwen2vl_train.overrides import load_config
 from qwen2vl_train.stages import _leave_course, _open_run, _summarise
 from qwen2vl_train.training.checkpoint import checksum, write_json
 from qwen2vl_train.training.clock import RunClock
