@@ -143,11 +143,12 @@ def _run_stage(
     folder = Path(run.run_dir) / name
     result = folder / "result.json"
     resume = world.from_main(lambda: resume_of(run, name, world.restarted))
+    if resume != "none":
+        world.from_main(lambda: refuse_other_weights(run, name))
     if resume != "auto":
         world.from_main(lambda: _leave_course(run, name, resume))
     elif run.resume != "auto" and world.restarted:
         monitor.console.print(f"{name}: started again by the launcher, so it goes on as with resume=auto")
-    world.from_main(lambda: refuse_other_weights(run, name))
     world.from_main(lambda: keep_settings(run, name, resume))
     if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
