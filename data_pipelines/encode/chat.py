@@ -4,7 +4,8 @@ Enters: a validated `Record`, the sizes of its media, a tokenizer. Leaves: ids w
 run is filled in by `encode.sample`), a mask of what is learnt, and the media in document order.
 
 Template "chatml" (stage 3) is the chat template published with Qwen2-VL, character for character, default system turn
-included. Learnt: the content of assistant turns and the <|im_end|> that closes them.
+included. Learnt: the content of assistant turns and the <|im_end|> that closes them, unless the answer's end is not
+learnt (`supervised=False`, as after a tool's result): "result -> end" is nothing that a model should say.
 
     <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n
     <|vision_start|><|image_pad|><|vision_end|>Question<|im_end|>\n<|im_start|>assistant\n[Answer<|im_end|>]\n
@@ -153,7 +154,7 @@ def _write_chatml(writer: _Writer, messages: Iterable[Message]) -> None:
         if learnt:
             writer.cut()
         writer.parts(message.parts, learnt)
-        writer.special(ids.im_end, learnt)
+        writer.special(ids.im_end, learnt and _teaches_its_end(message))
         writer.text("\n", False)
 
 
@@ -162,11 +163,16 @@ def _write_plain(writer: _Writer, messages: Iterable[Message]) -> None:
         if message.role == "assistant":
             writer.cut()
             writer.parts(message.parts, True)
-            writer.special(writer.ids.endoftext, True)
+            writer.special(writer.ids.endoftext, _teaches_its_end(message))
         else:
             writer.parts(message.parts, False)
             if _needs_separator(message):
                 writer.text("\n", False)
+
+
+def _teaches_its_end(message: Message) -> bool:
+    """Whether the token that closes an answer is learnt: as the last words before it (media have no say)."""
+    return next((part.supervised for part in reversed(message.parts) if not isinstance(part, MediaRef)), True)
 
 
 def _needs_separator(message: Message) -> bool:

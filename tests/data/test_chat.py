@@ -172,6 +172,16 @@ def test_tool_results_inside_an_answer_are_not_learnt(tokenizer):
     )
 
 
+def test_an_answer_that_ends_unlearnt_does_not_teach_its_end(tokenizer):
+    muted = record(("user", "a"), ("assistant", Text("b", False)), ("user", "c"), ("assistant", "d"))
+    assert marked(tokenizer, muted, "plain") == "a\nb<|endoftext|>c\n⟦d<|endoftext|>⟧"
+    assert marked(tokenizer, muted, "chatml").count("⟦") == 1
+    result = record(("user", "go"), ("assistant", "tap\n", Text("RESULT: ", False), IMAGE))
+    tail = "RESULT: <|vision_start|><|image_pad|><|vision_end|>"
+    assert marked(tokenizer, result, "plain").endswith(f"⟦tap\n⟧{tail}<|endoftext|>")
+    assert marked(tokenizer, result, "chatml").endswith(f"⟦tap\n⟧{tail}<|im_end|>\n")
+
+
 def test_unsupervised_regions_are_not_learnt(tokenizer):
     rec = record(("user", "x"), ("assistant", Region("0.jpg", "cat", ((0, 0, 10, 10),), supervised=False), "fine"))
     assert marked(tokenizer, rec, "plain").endswith("<|box_end|>⟦fine<|endoftext|>⟧")
