@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.decode.video import ClipDecoder
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, UserError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.writer import MANIFEST_NAME, ShardWriter, write_manifest
 from data_pipelines.sources.cleaning import DUPLICATE_RULES, RuleCount, Rules, new_counts
@@ -91,15 +92,20 @@ def run_import(
 ) -> ImportReport:
     """Write the shards of all `entries`; `advance` is called with the number of items done since the last call.
 
+    With `overwrite`, the old import stays until the source has given its first item: a source that cannot be opened
+    costs nothing.
+
     Raises:
-        ValueError: the folder holds other shards, or a finished import and `overwrite` is off.
+        UserError: the folder holds other shards, or a finished import and `overwrite` is off.
     """
-    done = _prepare(settings)
+    _check_folder(settings)
     events: list[LedgerEvent] = []
     results = []
     counts = new_counts(settings.rules)
-    entries = _without_duplicates(entries, settings.rules, counts)
-    for result in _results(_groups(_only_items(entries, events), settings), settings, done):
+    items = _only_items(_without_duplicates(entries, settings.rules, counts), events)
+    first = list(islice(items, 1))
+    done = _prepare(settings)
+    for result in _results(_groups(chain(first, items), settings), settings, done):
         results.append(result)
         advance(result.items)
     _remove_stale(settings, done, results)
@@ -115,23 +121,26 @@ def run_import(
     return report
 
 
+def _check_folder(settings: ImportSettings) -> None:
+    """Refuse a folder whose shards are not this import's to replace or to continue; nothing is changed."""
+    out = settings.out
+    if (out / MANIFEST_NAME).exists():
+        if not settings.overwrite:
+            raise UserError(f"{out} holds a finished import: choose another --out, or replace it with --overwrite")
+        return
+    others = sorted(path.name for path in out.glob("*.tar"))
+    if others and not (out / PROGRESS_FOLDER).exists():
+        raise UserError(f"{out} holds other shards ({others[0]}, ...): choose another --out")
+
+
 def _prepare(settings: ImportSettings) -> dict[int, dict[str, Any]]:
     """Make the folder ready; returns the finished groups of an interrupted run by number."""
     out = settings.out
-    out.mkdir(parents=True, exist_ok=True)
     if (out / MANIFEST_NAME).exists():
-        if not settings.overwrite:
-            raise ValueError(f"{out} holds a finished import: choose another --out, or replace it with --overwrite")
         _remove_old(out)
-    done: dict[int, dict[str, Any]] = {}
-    for path in sorted((out / PROGRESS_FOLDER).glob("*.json")):
-        done[int(path.stem)] = json.loads(path.read_text(encoding="utf-8"))
-    known = {entry["result"]["file"] for entry in done.values()}
-    others = sorted(path.name for path in out.glob("*.tar") if path.name not in known)
-    if others and not (out / PROGRESS_FOLDER).exists():
-        raise ValueError(f"{out} holds other shards ({others[0]}, ...): choose another --out")
-    (out / PROGRESS_FOLDER).mkdir(exist_ok=True)
-    return done
+    (out / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
+    paths = sorted((out / PROGRESS_FOLDER).glob("*.json"))
+    return {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def _remove_old(out: Path) -> None:
@@ -162,7 +171,7 @@ def _without_duplicates(
     return entries
 
 
-def _groups(items: Iterator[Item], settings: ImportSettings) -> Iterator[_Group]:
+def _groups(items: Iterable[Item], settings: ImportSettings) -> Iterator[_Group]:
     """Cut the items into shards of at most `max_records` items and about `max_bytes` bytes of media."""
     number, held, size = 0, list[Item](), 0
     for item in items:
@@ -249,7 +258,7 @@ def _digest(group: _Group, settings: ImportSettings) -> str:
     """What a shard is made from: its items, the state of their files, and what is done to them."""
     digest = hashlib.sha256(repr((settings.name, settings.verify, settings.rules)).encode())
     for item in group.items:
-        digest.update(repr((item.key, item.task, item.annotations, item.extra)).encode("utf-8", "surrogatepass"))
+        digest.update(repr(replace(item, media=())).encode("utf-8", "surrogatepass"))
         for source in item.media:
             state: object = None
             if source.data is not None:
@@ -257,8 +266,7 @@ def _digest(group: _Group, settings: ImportSettings) -> str:
             elif source.path is not None and source.path.exists():
                 facts = source.path.stat()
                 state = (facts.st_size, facts.st_mtime_ns)
-            described = (source.name, source.kind, str(source.path), source.offset, source.length, source.size, state)
-            digest.update(repr(described).encode("utf-8", "surrogatepass"))
+            digest.update(repr((replace(source, data=None), state)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -312,6 +320,6 @@ def _write_ledger(path: Path, events: list[LedgerEvent]) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    for path in folder.glob("*.json"):
+    for path in folder.iterdir():  # the groups' files, and what a killed process was writing aside
         path.unlink()
     folder.rmdir()

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
+from data_pipelines.cli import main
+from data_pipelines.errors import RecordError
+from data_pipelines.sources.clean_media import Similarity
 from data_pipelines.sources.importer import ImportSettings, run_import
-from data_pipelines.sources.item import Annotations, Item, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Item, Labelled, MediaSource, problem
 from tests.data.sources.conftest import read_back
 
 
@@ -108,6 +112,58 @@ def test_a_finished_import_is_not_overwritten_by_chance(tmp_path, make_picture):
     again = ImportSettings(tmp_path / "out", "t", "test", {}, overwrite=True)
     run_import(listed[:1], again, lambda _: None)
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["t-00000.tar"]
+
+
+def test_overwriting_begins_once_the_source_can_be_read(tmp_path, make_picture):
+    settings = ImportSettings(tmp_path / "out", "s", "test", {}, overwrite=True)
+    run_import(items("p", make_picture, 2), settings, lambda _: None)
+    before = digest(tmp_path / "out")
+
+    def unreadable():
+        yield problem("line:1", "bad_json", "broken")
+        raise RecordError("none.json", "missing_file", "cannot be read")
+
+    with pytest.raises(RecordError):
+        run_import(unreadable(), settings, lambda _: None)
+    assert digest(tmp_path / "out") == before
+
+
+def test_a_source_that_cannot_be_opened_leaves_the_old_shards(tmp_path, make_picture):
+    run_import(items("p", make_picture, 2), ImportSettings(tmp_path / "out", "s", "test", {}), lambda _: None)
+    before = digest(tmp_path / "out")
+    missing = ["--images", str(tmp_path), "--instances", str(tmp_path / "missing.json")]
+    assert main(["import", "coco", *missing, "--out", str(tmp_path / "out"), "--overwrite"]) == 2
+    assert digest(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("change", ["score", "relative"])
+def test_a_shard_is_made_again_where_any_field_of_its_items_changed(tmp_path, make_picture, change):
+    settings = ImportSettings(tmp_path / "out", "s", "test", {}, rules=[("similarity", Similarity(min=0.5))])
+    media = MediaSource("x", "image", make_picture("a.jpg", width=40, height=20))
+    told = Annotations(captions=("x",), objects=(Labelled("dog", ((0.0, 0.0, 1.0, 1.0),)),))
+
+    def broken_off():
+        yield Item("k", told, (media,), score=0.9)
+        yield Item("other", told, (media,))
+        raise KeyboardInterrupt
+
+    cut = replace(settings, max_records=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_import(broken_off(), cut, lambda _: None)
+    if change == "score":
+        run_import([Item("k", told, (media,), score=0.1)], cut, lambda _: None)
+        assert read_back(tmp_path / "out").reasons() == [("k", "similarity")]
+    else:
+        run_import([Item("k", told, (replace(media, relative=True),), score=0.9)], cut, lambda _: None)
+        (region,) = read_back(tmp_path / "out").only().messages[3].parts
+        assert region.boxes == ((0.0, 0.0, 40.0, 20.0),)
+
+
+def test_an_import_ends_well_after_one_that_was_killed_while_it_wrote(tmp_path, make_picture):
+    (tmp_path / "out" / ".import").mkdir(parents=True)
+    (tmp_path / "out" / ".import" / ".0.json.4711.part").write_text("{")
+    run_import(items("p", make_picture, 2), ImportSettings(tmp_path / "out", "s", "test", {}), lambda _: None)
+    assert sorted(digest(tmp_path / "out")) == ["ledger.jsonl", "manifest.json", "s-00000.tar"]
 
 
 def test_a_folder_with_other_shards_is_left_alone(tmp_path):
