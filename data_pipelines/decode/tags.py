@@ -1,8 +1,9 @@
 """`<image>` and `<video>` tags in chat text → content parts, as ShareGPT, LLaVA and LLaMA-Factory files write them.
 
 Tags count only where the sample lists its media beside the messages ("images", "videos"); elsewhere the same
-characters are ordinary text. Each tag takes the next listed media item. Media without any tag stand first in the first
-user turn; any other mismatch is an error, because the picture that a question means cannot be guessed.
+characters are ordinary text. Each tag takes the next listed media item; where tags and media differ in number, the
+users' tags alone may fit: an answer about HTML may say `<image>`. Media that neither a tag nor a part names stand first
+in the first user turn; any other mismatch is an error, because the picture that a question means cannot be guessed.
 """
 
 from __future__ import annotations
@@ -54,25 +55,19 @@ def place_media(
     key: str, messages: Sequence[dict[str, Any]], listed: dict[MediaKind, list[str]]
 ) -> list[dict[str, Any]]:
     """Messages whose string contents are split at their tags into text and media parts, media taken in order."""
-    left = {kind: list(names) for kind, names in listed.items()}
-    tags: dict[MediaKind, int] = {"image": 0, "video": 0}
-    by_parts = any(_is_media(part) for m in messages if isinstance(m.get("content"), list) for part in m["content"])
-    placed = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            content = _split(content, left, tags)
-        elif isinstance(content, list) and by_parts:
-            content = [_named(part, left, tags) for part in content]
-        elif isinstance(content, list):
-            content = [piece for part in content for piece in _split_part(part, left, tags)]
-        placed.append({**message, "content": content})
+    placed, tags = _expand(messages, listed, users_only=False)
+    if any(tags[kind] and tags[kind] != len(names) for kind, names in listed.items()):
+        by_users, tags_of_users = _expand(messages, listed, users_only=True)
+        if all(tags_of_users[kind] == len(names) for kind, names in listed.items()):
+            placed, tags = by_users, tags_of_users
     for kind in ("image", "video"):
         if tags[kind] and tags[kind] != len(listed[kind]):
             expected = f"the messages hold {tags[kind]} <{kind}> tags"
             fail(key, f"{kind}s", listed[kind], expected, "tag_mismatch")
+    parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"] if _is_media(part)]
+    named = [(part["type"], part.get(part["type"])) for part in parts]
     untagged: list[dict[str, Any]] = [
-        {"type": k, k: name} for k in ("image", "video") if not tags[k] for name in listed[k]
+        {"type": k, k: name} for k in ("image", "video") if not tags[k] for name in listed[k] if (k, name) not in named
     ]
     if untagged:
         first = next((m for m in placed if m.get("role") == "user"), None)
@@ -81,6 +76,27 @@ def place_media(
         content = first["content"]
         first["content"] = untagged + (content if isinstance(content, list) else [{"type": "text", "text": content}])
     return placed
+
+
+def _expand(
+    messages: Sequence[dict[str, Any]], listed: dict[MediaKind, list[str]], users_only: bool
+) -> tuple[list[dict[str, Any]], dict[MediaKind, int]]:
+    """The messages with tags (on request only users') replaced while media last, and how many tags there were."""
+    left = {kind: list(names) for kind, names in listed.items()}
+    tags: dict[MediaKind, int] = {"image": 0, "video": 0}
+    by_parts = any(_is_media(part) for m in messages if isinstance(m.get("content"), list) for part in m["content"])
+    placed = []
+    for message in messages:
+        content = message.get("content")
+        read = not users_only or message.get("role") == "user"
+        if isinstance(content, str) and read:
+            content = _split(content, left, tags)
+        elif isinstance(content, list) and by_parts:
+            content = [_named(part, left, tags) for part in content]
+        elif isinstance(content, list) and read:
+            content = [piece for part in content for piece in _split_part(part, left, tags)]
+        placed.append({**message, "content": content})
+    return placed, tags
 
 
 def _split(content: str, left: dict[MediaKind, list[str]], tags: dict[MediaKind, int]) -> object:
@@ -119,7 +135,7 @@ def _named(part: object, left: dict[MediaKind, list[str]], tags: dict[MediaKind,
     """A media part without a name ({"type": "image"}) takes the next listed one."""
     if isinstance(part, dict):
         for kind in ("image", "video"):
-            if part.get("type") == kind and kind not in part:
+            if part.get("type") == kind and part.get(kind) is None:
                 tags[kind] += 1
                 return {**part, kind: left[kind].pop(0)} if left[kind] else part
     return part

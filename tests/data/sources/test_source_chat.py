@@ -67,6 +67,23 @@ def test_openai_parts_name_their_own_media(chats):
     assert record.messages[0].parts == (image(0), MediaRef("1.jpg", max_pixels=784, kind="image"), Text("?"))
 
 
+def test_media_that_parts_name_are_not_shown_again_for_being_listed(chats):
+    content = [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]
+    assert chats({"messages": turns, "images": ["a.jpg"]}).only().messages[0].parts == (image(0), Text("?"))
+    both = chats({"messages": turns, "images": ["a.jpg", "b.jpg"]}).only()
+    assert [part.name for part in both.messages[0].parts[:2]] == ["0.jpg", "1.jpg"]
+
+
+def test_tags_that_only_an_answer_spells_out_are_its_words(chats):
+    turns = [("human", "<image>\nHow?"), ("gpt", "Write <image> or <video>.")]
+    record = chats({"image": "a.jpg", "conversations": [{"from": f, "value": v} for f, v in turns]}).only()
+    assert record.messages == (
+        Message("user", (image(0), Text("How?"))),
+        Message("assistant", (Text("Write <image> or <video>."),)),
+    )
+
+
 def test_alpaca_joins_instruction_and_input(chats):
     record = chats(
         {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Hi", "Hello"]], "system": "S"}
