@@ -27,7 +27,8 @@ from data_pipelines.whole import flush_to_disk
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.vision import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_train.model.weights import save_hf
-from qwen2vl_train.training.checkpoint import checksum, write_json
+from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.world import World
 
 CHECKSUMS = "checksums.json"

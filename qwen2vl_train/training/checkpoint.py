@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from data_pipelines.whole import flush_to_disk, write_whole
 from qwen2vl_train.config import CheckpointConfig
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.failure import is_consequence
+from qwen2vl_train.training.manifest import checksum, fault_of
 from qwen2vl_train.training.restart import job
 from qwen2vl_train.training.world import World
 
@@ -310,35 +310,6 @@ def _finished(part: dict[str, tuple[int, int]]) -> Future[dict[str, tuple[int, i
     return future
 
 
-def fault_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with the checkpoint at `path`: a missing, short or altered file. None when it is whole.
-
-    The content of every `world`-th file is read, the sizes of all.
-    """
-    manifest = path / "manifest.json"
-    if not manifest.is_file():
-        return f"{manifest} is missing: not a finished checkpoint"
-    try:
-        entries = sorted((str(name), int(size), int(crc)) for name, (size, crc) in _read(manifest).items())
-        for number, (name, size, wanted) in enumerate(entries):
-            file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                return f"{file} is missing or not {size} bytes"
-            if number % world == rank and checksum(file) != wanted:
-                return f"{file} has another checksum than when it was written"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{path} cannot be read ({error})"
-    return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ValueError where there is none."""
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that the file is old or new, never half."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
@@ -360,12 +331,3 @@ def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of the file at `path`."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value

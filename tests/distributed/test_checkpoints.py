@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipelines.sources.bpe import train_bpe
-from qwen2vl_train.training.checkpoint import fault_of
+from qwen2vl_train.training.manifest import fault_of
 from tests.distributed.launch import metrics, start_training, train, wait_for_step, workers_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1000)]

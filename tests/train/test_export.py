@@ -13,7 +13,7 @@ from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train import export
 from qwen2vl_train.export import export_model, save_processing
 from qwen2vl_train.model.weights import SINGLE_NAME, model_tensors
-from qwen2vl_train.training.checkpoint import checksum
+from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.world import World
 from tests.model.builders import tiny_model
 

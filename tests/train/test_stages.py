@@ -22,8 +22,9 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.weights import save_hf
 from qwen2vl_train.overrides import load_config
 from qwen2vl_train.stages import _leave_course, _open_run, _summarise
-from qwen2vl_train.training.checkpoint import checksum, write_json
+from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.clock import RunClock
+from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.restart import is_restart, job
 from qwen2vl_train.training.world import World
 

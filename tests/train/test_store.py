@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qwen2vl_train.config import CheckpointConfig
-from qwen2vl_train.training.checkpoint import CheckpointError, CheckpointStore, fault_of
+from qwen2vl_train.training.checkpoint import CheckpointError, CheckpointStore
+from qwen2vl_train.training.manifest import fault_of
 from qwen2vl_train.training.world import World
 
 
