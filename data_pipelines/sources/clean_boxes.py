@@ -12,7 +12,8 @@ from data_pipelines.sources.sample import Sample
 def _filter(sample: Sample, keep: Callable[[Box], bool]) -> Sample:
     """The sample without the boxes that are not to be kept, and without phrases that lost all of theirs.
 
-    A referring expression or a region loses its question with its first box: fewer boxes would be a wrong answer.
+    A grounded caption without any box left goes on as a plain one. A referring expression or a region loses its
+    question with its first box: fewer boxes would be a wrong answer.
     """
     told = sample.annotations
 
@@ -23,13 +24,16 @@ def _filter(sample: Sample, keep: Callable[[Box], bool]) -> Sample:
     def whole(listed: Iterable[Labelled]) -> tuple[Labelled, ...]:
         return tuple(entry for entry in listed if all(keep(box) for box in entry.boxes))
 
-    grounded = []
+    grounded, captions = [], list(told.captions)
     for entry in told.grounded:
         spans = ((start, end, tuple(box for box in boxes if keep(box))) for start, end, boxes in entry.spans)
         kept = tuple(span for span in spans if span[2])
         if kept:
             grounded.append(Grounded(entry.caption, kept))
+        elif entry.caption not in captions:
+            captions.append(entry.caption)  # without a box left, it is a caption like any other
     return sample.having(
+        captions=tuple(captions),
         objects=some(told.objects),
         referring=whole(told.referring),
         regions=whole(told.regions),

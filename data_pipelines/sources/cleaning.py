@@ -157,7 +157,8 @@ def clean(sample: Sample, rules: Rules, counts: Sequence[RuleCount]) -> Sample |
         count.samples_after += 1
         count.captions_after += num_captions(after.annotations)
         count.boxes_after += num_boxes(after.annotations)
-        count.changed += len(set(after.annotations.captions) - set(sample.annotations.captions))
+        known = {*sample.annotations.captions, *(grounded.caption for grounded in sample.annotations.grounded)}
+        count.changed += len(set(after.annotations.captions) - known)
         sample = after
     return sample
 

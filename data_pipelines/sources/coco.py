@@ -55,7 +55,7 @@ def read_coco(images: Path, instances: Path | None, captions: Path | None, refer
         for image in _section(path.name, content, "images"):
             pictures.setdefault(_id(path.name, image), image)
         names = {
-            category.get("id"): text(path.name, "categories.name", category.get("name"))
+            _id(path.name, category): text(path.name, "categories.name", category.get("name"))
             for category in (_section(path.name, content, "categories") if "categories" in content else [])
         }
         for annotation in _section(path.name, content, "annotations"):
@@ -89,10 +89,10 @@ def _id(name: str, entry: dict[str, Any], field: str = "id") -> int:
     return value
 
 
-def _object(name: str, annotation: dict[str, Any], names: dict[Any, str]) -> Labelled:
-    label = names.get(annotation.get("category_id"))
+def _object(name: str, annotation: dict[str, Any], names: dict[int, str]) -> Labelled:
+    label = names.get(_id(name, annotation, "category_id"))
     if label is None:
-        raise RecordError(name, "bad_field", f"category_id {annotation.get('category_id')!r} names no category")
+        raise RecordError(name, "bad_field", f"category_id {annotation['category_id']} names no category")
     x, y, width, height = coordinates(name, "bbox", annotation.get("bbox"), 4)
     return Labelled(label, ((x, y, x + width, y + height),), crowd=bool(annotation.get("iscrowd")))
 

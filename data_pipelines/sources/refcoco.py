@@ -95,33 +95,30 @@ def _annotations(told: list[_Expression]) -> Annotations:
 
 
 def _of_mdetr(name: str, content: dict[str, Any]) -> Iterator[_Expression | LedgerEvent]:
-    images = {}
-    for i, value in enumerate(sequence(name, "images", content.get("images"))):
-        image = mapping(name, f"images[{i}]", value)
-        images[image.get("id")] = image
+    images = _by_id(name, content, "images")
     for i, value in enumerate(sequence(name, "annotations", content.get("annotations"))):
         key = f"{name}:annotations[{i}]"
         try:
             annotation = mapping(key, "annotation", value)
-            found = images.get(annotation.get("image_id"))
+            found = images.get(_id(annotation, "image_id"))
             if found is None:
                 fail(key, "image_id", annotation.get("image_id"), "names no picture", "no_media")
-            yield _expression(key, found, annotation, annotation.get("original_id", i), found.get("caption"))
+            yield _expression(key, found, annotation, str(annotation.get("original_id", i)), found.get("caption"))
         except DataError as error:
             yield problem(error.key, error.reason, error.message)
 
 
 def _of_authors(name: str, content: Any, instances: Path, split: str) -> Iterator[_Expression | LedgerEvent]:
     told = mapping(instances.name, "file", read_json(instances))
-    images = {image["id"]: image for image in sequence(instances.name, "images", told.get("images"))}
-    objects = {thing["id"]: thing for thing in sequence(instances.name, "annotations", told.get("annotations"))}
+    images = _by_id(instances.name, told, "images")
+    objects = _by_id(instances.name, told, "annotations")
     for i, value in enumerate(sequence(name, "refs", content)):
         key = f"{name}:refs[{i}]"
         try:
             ref = mapping(key, "ref", value)
             if ref.get("split") != split:
                 continue
-            image, thing = images.get(ref.get("image_id")), objects.get(ref.get("ann_id"))
+            image, thing = images.get(_id(ref, "image_id")), objects.get(_id(ref, "ann_id"))
             if image is None or thing is None:
                 fail(key, "ann_id", ref.get("ann_id"), "names no object of a picture in the instances", "no_media")
             for j, sentence in enumerate(sequence(key, "sentences", ref.get("sentences"))):
@@ -129,6 +126,19 @@ def _of_authors(name: str, content: Any, instances: Path, split: str) -> Iterato
                 yield _expression(key, image, thing, ref.get("ann_id"), words.get("sent", words.get("raw")))
         except DataError as error:
             yield problem(error.key, error.reason, error.message)
+
+
+def _by_id(name: str, content: dict[str, Any], field: str) -> dict[object, dict[str, Any]]:
+    """The entries of a list by their ids. One without an id, or with no number or word for it, nothing can refer to."""
+    listed = [
+        mapping(name, f"{field}[{i}]", entry) for i, entry in enumerate(sequence(name, field, content.get(field)))
+    ]
+    return {entry["id"]: entry for entry in listed if isinstance(entry.get("id"), int | str)}
+
+
+def _id(entry: dict[str, Any], field: str) -> object:
+    value = entry.get(field)
+    return value if isinstance(value, int | str) else None
 
 
 def _expression(key: str, image: dict[str, Any], thing: dict[str, Any], number: object, words: object) -> _Expression:

@@ -12,11 +12,10 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from data_pipelines.decode.fields import fail, mapping, number, sequence, text
 from data_pipelines.decode.written_record import declared_size
-from data_pipelines.errors import DataError, MediaError
+from data_pipelines.errors import DataError, MediaError, RecordError
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
@@ -47,7 +46,7 @@ def read(options: argparse.Namespace) -> Entries:
 def read_visual_genome(
     path: Path, folders: Sequence[Path], image_data: Path | None = None, max_regions: int = 0
 ) -> Entries:
-    """One item a picture. Regions beyond `max_regions` are left out, the first stay."""
+    """One item a picture. Of its usable regions the first `max_regions` stay; a broken one is a ledger line."""
     sizes = {} if image_data is None else _sizes(image_data)
     for i, value in enumerate(sequence(path.name, "file", read_json(path))):
         key = f"picture-{i:07d}"
@@ -57,28 +56,31 @@ def read_visual_genome(
             if isinstance(named, bool) or not isinstance(named, int):
                 fail(key, "id", named, "needs an integer", "no_media")
             key = f"{named:07d}"
-            yield _item(key, entry, folders, sizes.get(named), max_regions)
+            regions: list[Labelled] = []
+            for j, region in enumerate(sequence(key, "regions", entry.get("regions"))):
+                try:
+                    regions.append(_region(key, f"regions[{j}]", region))
+                except RecordError as error:
+                    yield problem(f"{key}: regions[{j}]", error.reason, error.message)
+            yield _item(key, named, regions[:max_regions] if max_regions else regions, folders, sizes.get(named))
         except DataError as error:
             yield problem(key, error.reason, error.message)
 
 
+def _region(key: str, field: str, value: object) -> Labelled:
+    region = mapping(key, field, value)
+    x, y, width, height = (
+        number(key, f"{field}.{side}", region.get(side), -1e6, 1e6, "bad_box") for side in ("x", "y", "width", "height")
+    )
+    return Labelled(text(key, f"{field}.phrase", region.get("phrase")).strip(), ((x, y, x + width, y + height),))
+
+
 def _item(
-    key: str, entry: dict[str, Any], folders: Sequence[Path], size: tuple[int, int] | None, max_regions: int
+    key: str, image_id: int, regions: Sequence[Labelled], folders: Sequence[Path], size: tuple[int, int] | None
 ) -> Item:
-    regions = []
-    for i, value in enumerate(sequence(key, "regions", entry.get("regions"))):
-        region = mapping(key, f"regions[{i}]", value)
-        x, y, width, height = (
-            number(key, f"regions[{i}].{side}", region.get(side), -1e6, 1e6, "bad_box")
-            for side in ("x", "y", "width", "height")
-        )
-        phrase = text(key, f"regions[{i}].phrase", region.get("phrase")).strip()
-        regions.append(Labelled(phrase, ((x, y, x + width, y + height),)))
-    if max_regions:
-        regions = regions[:max_regions]
     counts = Counter(region.phrase.lower() for region in regions)
     single = tuple(region for region in regions if counts[region.phrase.lower()] == 1)
-    picture = _find(f"{int(key)}.jpg", folders, key)
+    picture = _find(f"{image_id}.jpg", folders, key)
     media = (MediaSource(picture.name, "image", picture, size=size),)
     return Item(key, Annotations(regions=tuple(regions), referring=single), media)
 

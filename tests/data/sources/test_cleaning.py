@@ -109,6 +109,7 @@ def test_boxes_leave_with_their_phrases():
         grounded=(Grounded("e f", ((0, 1, (small,)), (2, 3, (big,)))), Grounded("g", ((0, 1, (small,)),))),
     )
     assert MinBoxSide(2.0).apply(Sample("k", told)).annotations == Annotations(
+        captions=("g",),  # no box of it is left: a caption like any other
         objects=(Labelled("a", (big,)),),
         referring=(Labelled("d", (big,)),),
         grounded=(Grounded("e f", ((2, 3, (big,)),)),),
@@ -231,3 +232,11 @@ def test_an_import_with_rules_counts_and_tells_what_they_dropped(tmp_path, make_
         shape, longest = imported.manifest["cleaning"]
         assert (shape["rule"], shape["samples_before"], shape["samples_after"]) == ("aspect_ratio", 2, 1)
         assert (longest["captions_before"], longest["captions_after"]) == (2, 1)
+
+
+def test_a_caption_that_a_rule_leaves_without_boxes_counts_as_kept_not_as_rewritten():
+    told = Annotations(captions=("x",), grounded=(Grounded("g", ((0, 1, ((0.0, 0.0, 1.0, 9.0),)),)),))
+    rules = [make_rule("r", {"rule": "min_box_side"})]
+    (count,) = counts = new_counts(rules)
+    assert clean(Sample("k", told), rules, counts).annotations == Annotations(captions=("x", "g"))
+    assert (count.captions_before, count.captions_after, count.changed) == (2, 2, 0)

@@ -56,6 +56,7 @@ def test_crowds_are_neither_listed_nor_asked_for(tmp_path, make_picture, write_j
 def test_broken_annotations_cost_themselves_only(tmp_path, make_picture, write_json, load):
     make_picture("images/a.jpg")
     content = instances((1, (5, 6, 7, 8), 0), (9, (1, 1, 2, 2), 0), (1, (1, 1, 500, 2), 0), (1, (3, 3, 0, 4), 0))
+    content["annotations"].append({"id": 98, "image_id": 7, "category_id": [1], "bbox": [1, 1, 1, 1]})
     content["annotations"].append({"id": 99, "image_id": 8, "category_id": 1, "bbox": [1, 1, 1, 1]})
     content["images"].append({"id": 5, "file_name": "../i.json"})
     content["images"].append({"id": 6, "file_name": "gone.jpg"})
@@ -63,6 +64,7 @@ def test_broken_annotations_cost_themselves_only(tmp_path, make_picture, write_j
     assert imported.only().messages[1].parts == (Region("0.jpg", "dog", ((5.0, 6.0, 12.0, 14.0),)),)
     assert imported.reasons() == [
         ("i.json:1", "bad_field"),
+        ("i.json:98", "bad_field"),
         ("i.json:99", "no_media"),
         ("000000000005", "unsafe_path"),
         ("000000000006", "missing_media"),

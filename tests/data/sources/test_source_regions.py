@@ -26,8 +26,10 @@ def test_visual_genome_regions_ask_both_ways(tmp_path, make_picture, write_json,
         {"region_id": 2, "x": 5, "y": 5, "width": 5, "height": 5, "phrase": "the sky"},
         {"region_id": 3, "x": 9, "y": 5, "width": 5, "height": 5, "phrase": "The sky"},
         {"region_id": 4, "x": 9, "y": 5, "width": 500, "height": 5, "phrase": "far out"},
+        {"region_id": 5, "x": 9, "y": 5, "width": 5, "height": 5, "phrase": " "},
+        {"region_id": 6, "y": 5, "width": 5, "height": 5, "phrase": "nowhere"},
     ]
-    pictures = [{"id": 17, "regions": regions}, {"id": 18, "regions": []}, {"id": 17, "regions": [{"x": 1}]}]
+    pictures = [{"id": 17, "regions": regions}, {"id": 18, "regions": []}, {"id": 17, "regions": 1}]
     path = write_json("region_descriptions.json", pictures)
     folders = [tmp_path / "VG_100K", tmp_path / "VG_100K_2"]
     imported = load(
@@ -47,8 +49,10 @@ def test_visual_genome_regions_ask_both_ways(tmp_path, make_picture, write_json,
         (Text("The sky"),),
     ]
     assert imported.reasons() == [
+        ("0000017: regions[4]", "empty_text"),
+        ("0000017: regions[5]", "bad_box"),
         ("0000018", "missing_media"),
-        ("0000017", "bad_box"),
+        ("0000017", "bad_field"),
         ("0000017", "bad_box"),
         ("0000017", "bad_box"),
     ]
@@ -96,6 +100,15 @@ def test_refcoco_in_the_authors_form(tmp_path, make_picture, write_json, load):
         (Text("right dog"),),
     ]
     assert imported.reasons() == [("refs.json:refs[3]", "no_media")]
+
+
+def test_refcoco_entries_without_a_usable_id_are_told_where_they_are_needed(tmp_path, make_picture, write_json, load):
+    make_picture("COCO_train2014_000000000007.jpg")
+    broken = {"images": [{}, *INSTANCES["images"]], "annotations": [{"id": [6]}, INSTANCES["annotations"][0]]}
+    refs = [*REFS, {"ann_id": [5], "image_id": 7, "split": "train", "sentences": [{"sent": "x"}]}]
+    imported = load(read_refcoco(write_json("refs.json", refs), write_json("instances.json", broken), tmp_path))
+    assert len(imported.only().messages) == 6  # "left dog", "brown one", and the first's box
+    assert imported.reasons() == [(f"refs.json:refs[{i}]", "no_media") for i in (1, 3, 4)]
 
 
 def test_refcoco_in_mdetrs_form(tmp_path, make_picture, write_json, load):
