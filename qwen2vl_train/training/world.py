@@ -112,8 +112,11 @@ def start_world(timeout_s: float) -> World:
                 "for each (--nproc-per-node, --num_gpus, --ntasks-per-node), or look at CUDA_VISIBLE_DEVICES"
             )
         torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store = PrefixStore(f"start{_local_restarts()}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, store=store, rank=rank, world_size=size)
     except dist.DistError as error:
         raise UserError(
             f"the ranks cannot meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} "
@@ -123,6 +126,16 @@ def start_world(timeout_s: float) -> World:
     dist.all_gather_object(starts, (secrets.token_hex(4), is_restart()))
     restarted = any(again for _, again in starts)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starts[0][0], restarted)
+
+
+def _local_restarts() -> str:
+    """How often torchrun has started the ranks again, where that is known to be one number: on a single machine.
+
+    Its store outlives them, and ranks that met under the same names would read the addresses of their predecessors
+    (PyTorch 2.13, with any program under --max-restarts). Agents of several machines may count differently.
+    """
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_machine else ""
 
 
 def end_world() -> None:

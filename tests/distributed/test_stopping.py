@@ -1,27 +1,26 @@
 """A signal at any moment of a run ends it with 75, nothing is trained after it, and the same command finishes."""
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.distributed.launch import ROOT, environment, metrics, train
+from tests.distributed.launch import ROOT, command, environment, metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
 
 def run_chain(folder, where):
     """One rank through three stages in which nothing is trained; the run, and the pieces of work that were begun."""
-    command = [
+    words = [
         sys.executable, "-m", "tests.distributed.chain_worker", where, "experiment=demo",
         "stage=language,vision,multitask", "monitor.wandb=disabled",
         f"run_dir={folder / 'run'}", f"data.root={folder / 'data'}",
         "data.demo={num_pictures: 40, num_clips: 8, num_texts: 20, num_heldout: 2, vocab_size: 700}",
     ]  # fmt: skip
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False
-    )
+    ended = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False)
     return ended, re.findall(r"^(?:fits|scores) \w+", ended.stdout, re.MULTILINE)
 
 
@@ -59,3 +58,15 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "weights.pt").exists()
     assert list(metrics(tmp_path)) == [1, 2, 3]  # no step was made twice
+
+
+def test_torchrun_with_max_restarts_starts_ranks_that_were_signalled_themselves_again(tmp_path):
+    """75 is a failure to torchrun; its own SIGTERM ends it. The ranks meet anew in a store that outlived them."""
+    options = {"steps": 4, "packs": 4, "fault": {"kind": "term", "rank": 1, "step": 1}}
+    words = command(2, "tests.distributed.trainer_worker", tmp_path, json.dumps(options))
+    words.insert(words.index("--standalone"), "--max-restarts=1")
+    ended = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "stopped after step 3" in ended.stderr  # the signal came in the second one, its labels counted
+    assert "step-00000003 after step 3" in ended.stdout
+    assert list(metrics(tmp_path)) == [1, 2, 3, 4]
