@@ -4,12 +4,15 @@ Read forms, one object each:
 
     {"conversations": [{"from": "human" | "gpt" | "system" | "function_call" | "observation", "value": "..."}],
      "image": "a.jpg" | "images": [...], "videos": [...], "system": "...", "tools": "[...]"}
-    {"messages": [{"role": "user", "content": "<image>..." | [{"type": "text", "text": ...}, {"type": "image", ...}]}]}
+    {"messages": [{"role": "user", "content": "<image>..." | [{"type": "text", "text": ...}, {"type": "image", ...}]},
+                  {"role": "assistant", "content": null, "tool_calls": [{"id", "function": {"name", "arguments"}}]},
+                  {"role": "tool", "tool_call_id": ..., "content": ...}], "tools": [...]}
     {"instruction": "...", "input": "...", "output": "...", "history": [["q", "a"], ...], "system": "..."}
 
 Tool calls become the paper's agent form inside one assistant turn: `*FUNCTION*`, `*ARGS*`, an unsupervised `*RESULT*`,
-`*RETURN*`. Qwen-VL's `<ref>..</ref><box>(x1,y1),(x2,y2)</box>` and Qwen2-VL's own tags become regions where the
-chat has exactly one picture. Pictures and clips are numbered in order of their first use; no file is opened here.
+`*RETURN*`. An answer of `"loss_weight": 0` (OpenAI's `"weight": 0`) is not learnt. Qwen-VL's
+`<ref>..</ref><box>(x1,y1),(x2,y2)</box>` and Qwen2-VL's own tags become regions where the chat has exactly one picture.
+Pictures and clips are numbered in order of their first use; no file is opened here.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.decode.agent import merge_tool_turns, tools_prompt
+from data_pipelines.decode.agent import call_id, calls_of, merge_tool_turns, tools_prompt
 from data_pipelines.decode.fields import fail, mapping, sequence, text
 from data_pipelines.decode.grid_tags import split_grid_tags
 from data_pipelines.decode.tags import listed_media, place_media
@@ -53,7 +56,7 @@ def read_chat(key: str, data: dict[str, Any]) -> tuple[list[dict[str, Any]], lis
         said = "sound is not read: what is asked about it cannot be learnt"
         fail(key, "messages", "<audio>", said, "unsupported_media")
     listed = listed_media(key, data)
-    messages = [_named_parts(key, i, message) for i, message in enumerate(messages)]
+    messages = [named_parts(key, i, message) for i, message in enumerate(messages)]
     if any(listed.values()) or _has_unnamed(messages):
         messages = place_media(key, messages, listed)
     numbers: dict[tuple[MediaKind, str], int] = {}
@@ -84,7 +87,8 @@ def read_turns(key: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     """Turns [{"role", "content"}] with roles system, user, assistant, of any of the read forms."""
     if "conversations" in data or "messages" in data:
         field = "messages" if "messages" in data else "conversations"
-        turns = [_turn(key, f"{field}[{i}]", entry) for i, entry in enumerate(sequence(key, field, data[field]))]
+        entries = enumerate(sequence(key, field, data[field]))
+        turns = [turn for i, entry in entries for turn in _turns(key, f"{field}[{i}]", entry)]
     elif "instruction" in data or "output" in data:
         turns = _alpaca(key, data)
     else:
@@ -110,18 +114,23 @@ def trim(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _turn(key: str, field: str, value: object) -> dict[str, Any]:
+def _turns(key: str, field: str, value: object) -> list[dict[str, Any]]:
+    """The turn of one entry; or those of its tool calls, after the words beside them."""
     entry = mapping(key, field, value)
     role_field, content_field = ("from", "value") if "from" in entry else ("role", "content")
     name = entry.get(role_field)
     if not isinstance(name, str) or name not in _ROLES:
         fail(key, f"{field}.{role_field}", name, f"needs one of {', '.join(sorted(_ROLES))}", "bad_turns")
-    content = entry.get(content_field)
-    if not isinstance(content, str | list):
+    content, role = entry.get(content_field), _ROLES[name]
+    calls = calls_of(key, field, entry) if role == "assistant" else []
+    if calls:
+        turns = ([{"role": "function_call", "content": content}] if content else []) + calls
+    else:
+        turns = [{"role": role, "content": content, "call": call_id(entry.get("tool_call_id"))}]
+    if not (calls and content is None) and not isinstance(content, str | list):
         fail(key, f"{field}.{content_field}", content, "needs a string or a list of parts", "bad_text")
-    if entry.get("loss_weight") == 0 and _ROLES[name] == "assistant" and isinstance(content, str):
-        content = [{"type": "text", "text": content, "supervised": False}]
-    return {"role": _ROLES[name], "content": content}
+    muted = entry.get("loss_weight", entry.get("weight")) == 0 and role in ("assistant", "function_call")
+    return [{**turn, "field": field, "learnt": not muted} for turn in turns]
 
 
 def _alpaca(key: str, data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,8 +147,14 @@ def _alpaca(key: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
-def _named_parts(key: str, i: int, message: dict[str, Any]) -> dict[str, Any]:
-    """List contents as parts of the record form: OpenAI's image_url and texts under "value" are respelt."""
+def named_parts(key: str, i: int, message: dict[str, Any]) -> dict[str, Any]:
+    """Turn `i` with a list content as parts of the record form: OpenAI's image_url and texts under "value" are respelt.
+
+    Fields that the record form does not know are left out.
+
+    Raises:
+        RecordError: a part of an unknown type, a text that is none, a medium whose name is no string.
+    """
     if not isinstance(message["content"], list):
         return message
     parts = []

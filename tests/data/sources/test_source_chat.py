@@ -122,6 +122,64 @@ def test_tool_calls_are_one_answer_whose_results_are_not_learnt(chats):
     )
 
 
+def call(name, arguments, number):
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(number, content):
+    return {"role": "tool", "tool_call_id": number, "content": content}
+
+
+def test_openai_tool_calls_are_the_same_answer(chats):
+    calls = [call("find", '{"q": "x"}', "c1"), call("now", "", "c2")]
+    record = chats(
+        {
+            "tools": [{"type": "function", "function": {"name": "find"}}, {"function": {"name": "now"}}],
+            "messages": [
+                {"role": "user", "content": "Look"},
+                {"role": "assistant", "content": None, "tool_calls": calls},
+                result("c2", "noon"),
+                result("c1", "found"),
+                {"role": "assistant", "content": "Again.", "tool_calls": [call("find", {"q": "é"}, "c1")]},
+                result("c1", [{"type": "text", "text": "no"}]),
+                {"role": "assistant", "content": "Done"},
+                {"role": "user", "content": "Thanks"},
+                {"role": "assistant", "content": "Bye", "tool_calls": None},
+            ],
+        }
+    ).only()
+    assert [message.role for message in record.messages] == ["system", "user", "assistant", "user", "assistant"]
+    answer = record.messages[2].parts
+    assert "".join(part.text for part in answer) == (
+        '*FUNCTION*: find *ARGS*: {"q": "x"}\n*FUNCTION*: now *ARGS*: {}\n*RESULT*: found\n*RESULT*: noon\n'
+        'Again.\n*FUNCTION*: find *ARGS*: {"q": "é"}\n*RESULT*: no\n*RETURN*: Done'
+    )
+    unlearnt = "".join(part.text for part in answer if not part.supervised)
+    assert unlearnt == "*RESULT*: found\n*RESULT*: noon\n*RESULT*: no\n"
+
+
+def test_arguments_written_as_a_string_of_json_are_read_first(chats):
+    turns = [("human", "?"), ("function_call", '{"name": "f", "arguments": "{\\"x\\": 1}"}')]
+    turns += [("observation", "ok"), ("gpt", "Done")]
+    record = chats({"conversations": [{"from": f, "value": v} for f, v in turns]}).only()
+    assert record.messages[1].parts[0] == Text('*FUNCTION*: f *ARGS*: {"x": 1}\n')
+
+
+def test_an_answer_of_no_weight_is_not_learnt_whatever_its_form(chats):
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}], "weight": 0},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "tool_calls": [call("f", "{}", "c")], "weight": 0},
+        result("c", "r"),
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "c", "weight": 1},
+    ]
+    answers = [m for m in chats({"messages": turns}).only().messages if m.role == "assistant"]
+    assert [any(part.supervised for part in answer.parts) for answer in answers] == [False, False, True]
+
+
 def test_box_tags_become_regions_that_are_written_back_alike(chats):
     answer = "See <ref>it</ref><box>(100,250),(500,1000)</box><box>(0,0),(1,1)</box> & <box>(9,9),(1,1)</box>"
     record = chats(
@@ -165,6 +223,9 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "bad_field"),
     ({"messages": [{"role": "alien", "content": "x"}]}, "bad_turns"),
     ({"messages": [{"role": "observation", "content": "x"}]}, "bad_turns"),
+    ({"messages": [{"role": "assistant", "tool_calls": [call("f", "{}", 1)]}, result(2, "x")]}, "bad_turns"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]}, "bad_field"),
+    ({"messages": [{"role": "assistant", "tool_calls": [call(None, "{}", 1)]}]}, "bad_turns"),
     ({"messages": "x"}, "bad_field"),
     ({"conversations": [{"from": "human"}]}, "bad_text"),
     ({"instruction": "x"}, "bad_text"),
