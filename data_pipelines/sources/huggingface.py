@@ -8,7 +8,7 @@
     messages: conversations                      # a chat column in any form that `import chat` reads
     text: text                                   # a document to be learnt whole
     label: label                                 # a class, by name or ClassLabel number
-    boxes: {column: objects.bbox, phrases: objects.category, format: xywh, relative: false}
+    boxes: {column: objects.bbox, phrases: objects.category, format: xywh, relative: false}   # names or ClassLabels
     lines: {column: ocr.quads, texts: ocr.text}
     score: similarity
     task: vqa                                    # optional
@@ -21,13 +21,14 @@ given by path only is read under --media-root alone.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
-from data_pipelines.decode.chat_forms import read_turns, trim
+from data_pipelines.decode.chat_forms import named_parts, read_turns, trim
 from data_pipelines.decode.fields import coordinates, fail, number, sequence, text
 from data_pipelines.decode.grid_tags import split_grid_tags
 from data_pipelines.decode.tags import place_media
@@ -108,7 +109,7 @@ def row_item(key: str, row: dict[str, Any], mapping: dict[str, Any], features: A
     """
     media = _media(key, row, mapping, media_root)
     messages = _messages(key, row, mapping, media)
-    objects = _objects(key, row, mapping)
+    objects = _objects(key, row, mapping, features)
     annotations = Annotations(
         captions=tuple(words for column in _names(mapping.get("captions")) for words in _texts(key, row, column)),
         questions=_questions(key, row, mapping),
@@ -175,6 +176,9 @@ def _medium(key: str, column: str, given: Any, kind: MediaKind, root: Path | Non
         raise MediaError(
             key, "missing_media", f"{column} gives a path, not bytes: say with --media-root where it leads"
         )
+    if isinstance(named, str) and os.path.isabs(named):  # as imagefolder gives them; outside the root it stays refused
+        inside = (named.removeprefix(f"{folder}{os.sep}") for folder in (root.absolute(), root.resolve()))
+        named = next((name for name in inside if name != named), named)
     path = resolve_media(named, root, None, key)
     return MediaSource(path.name, kind, path, relative=relative)
 
@@ -187,17 +191,35 @@ def _messages(
         return ({"role": "assistant", "content": [text_part(words)]},)
     if "messages" not in mapping:
         return ()
-    turns = read_turns(key, {"messages": _column(key, row, mapping["messages"])})
+    # Columns of structs hold every field in every part, empty ones as null; media are those of the media columns, in
+    # their order, whatever a part calls them.
+    told = _without_nulls(_column(key, row, mapping["messages"]))
+    turns = [_unnamed(named_parts(key, i, turn)) for i, turn in enumerate(read_turns(key, {"messages": told}))]
     numbers: dict[MediaKind, list[str]] = {"image": [], "video": []}
     for count, source in enumerate(media):
         numbers[source.kind].append(str(count))
     placed = place_media(key, turns, numbers) if media else turns
-    for message in placed:  # columns of structs hold every field in every part, empty ones as null
-        if isinstance(message["content"], list):
-            message["content"] = [{k: v for k, v in part.items() if v is not None} for part in message["content"]]
     if len(media) == 1 and media[0].kind == "image":
         placed = split_grid_tags(placed)
     return tuple(trim(placed))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Lists and objects without the fields that are null, at any depth."""
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return value
+
+
+def _unnamed(message: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(message["content"], list):
+        return message
+    parts = [
+        {name: v for name, v in part.items() if name != part["type"] or name == "text"} for part in message["content"]
+    ]
+    return {**message, "content": parts}
 
 
 def _questions(key: str, row: dict[str, Any], mapping: dict[str, Any]) -> tuple[Question, ...]:
@@ -211,14 +233,25 @@ def _questions(key: str, row: dict[str, Any], mapping: dict[str, Any]) -> tuple[
 def _label(key: str, row: dict[str, Any], mapping: dict[str, Any], features: Any) -> str | None:
     if "label" not in mapping:
         return None
-    value = _column(key, row, mapping["label"])
-    names = getattr((features or {}).get(mapping["label"]), "names", None)
-    if names and isinstance(value, int) and 0 <= value < len(names):
-        value = names[value]
+    value = _class_name(_column(key, row, mapping["label"]), features, mapping["label"])
     return text(key, mapping["label"], value).replace("_", " ")
 
 
-def _objects(key: str, row: dict[str, Any], mapping: dict[str, Any]) -> tuple[Labelled, ...]:
+def _class_name(value: Any, features: Any, path: str) -> Any:
+    """The name of a ClassLabel's number at the column `path` of the dataset's features; other values as they are."""
+    feature = features
+    for step in [*path.split("."), None]:
+        while isinstance(feature, list) or hasattr(feature, "feature"):  # a list of the nested feature
+            feature = feature[0] if isinstance(feature, list) else feature.feature
+        if step is not None:
+            feature = feature.get(step) if isinstance(feature, dict) else None
+    names = getattr(feature, "names", None)
+    if names and isinstance(value, int) and 0 <= value < len(names):
+        return names[value].replace("_", " ")
+    return value
+
+
+def _objects(key: str, row: dict[str, Any], mapping: dict[str, Any], features: Any) -> tuple[Labelled, ...]:
     told = mapping.get("boxes")
     if not told:
         return ()
@@ -226,7 +259,7 @@ def _objects(key: str, row: dict[str, Any], mapping: dict[str, Any]) -> tuple[La
     phrases = _column(key, row, told["phrases"])
     if boxes and not isinstance(boxes[0], list):
         boxes, phrases = [boxes], [phrases]
-    listed = sequence(key, told["phrases"], phrases)
+    listed = [_class_name(value, features, told["phrases"]) for value in sequence(key, told["phrases"], phrases)]
     if len(boxes) != len(listed):
         fail(key, told["column"], len(boxes), f"boxes, but {len(listed)} phrases", "bad_box")
     return tuple(

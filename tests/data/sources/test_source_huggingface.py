@@ -142,3 +142,61 @@ def test_a_wrong_mapping_says_what_is_wrong(tmp_path, content, words):
     (tmp_path / "m.yaml").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=words):
         read_mapping(tmp_path / "m.yaml")
+
+
+def test_chat_columns_of_structs_take_the_pictures_in_order(parquet, load):
+    # The form of HuggingFaceH4/llava-instruct-mix-vsft: every field in every part, and an index.
+    part = {"index": datasets.Value("int64"), "text": TEXT, "type": TEXT, "image_url": {"url": TEXT}, "image": TEXT}
+    features = {
+        "images": datasets.List(IMAGE),
+        "messages": datasets.List({"role": TEXT, "content": datasets.List(part)}),
+    }
+
+    def filled(kind, **fields):
+        return {**dict.fromkeys(part), "type": kind, **fields}
+
+    asked = [
+        filled("text", text="Is "),
+        filled("image", index=0),
+        filled("text", text=" like "),
+        filled("image_url", image_url={"url": "http://x/y.jpg"}),
+    ]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [filled("text", text="no")]}]
+    loading = parquet({"images": [[image(), image()]], "messages": [turns]}, features)
+    imported = load(read_dataset({"load": loading, "media": [{"column": "images"}], "messages": "messages"}, None))
+    assert [message.parts for message in imported.only().messages] == [
+        (Text("Is "), MediaRef("0.jpg", kind="image"), Text(" like "), MediaRef("1.jpg", kind="image")),
+        (Text("no"),),
+    ]
+
+
+def test_numbers_of_nested_classes_become_their_names(parquet, load):
+    names = datasets.ClassLabel(names=["dog", "sea_lion"])
+    places = datasets.List(datasets.List(datasets.Value("float32")))
+    for objects in (
+        {"bbox": places, "category": datasets.List(names)},
+        datasets.List({"bbox": datasets.List(datasets.Value("float32")), "category": names}),
+    ):
+        value = {"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": [1]}
+        if isinstance(objects, datasets.List):
+            value = [{"bbox": [1.0, 2.0, 3.0, 4.0], "category": 1}]
+        loading = parquet({"image": [image()], "objects": [value]}, {"image": IMAGE, "objects": objects})
+        boxes = {"column": "objects.bbox", "phrases": "objects.category"}
+        imported = load(read_dataset({"load": loading, "media": [{"column": "image"}], "boxes": boxes}, None))
+        assert imported.only().messages[1].parts == (Region("0.jpg", "sea lion", ((1.0, 2.0, 3.0, 4.0),)),)
+
+
+def test_absolute_paths_are_read_inside_the_media_root_alone(tmp_path, make_picture, load, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    make_picture("set/cat/a.jpg")
+    make_picture("set/dog/b.jpg")
+    loading = {"path": "imagefolder", "data_dir": str(tmp_path / "set"), "split": "train"}
+    mapping = {
+        "load": {**loading, "cache_dir": str(tmp_path / "cache")},
+        "media": [{"column": "image"}],
+        "label": "label",
+    }
+    imported = load(read_dataset(mapping, tmp_path / "set"))
+    assert [record.messages[1].parts for record in imported.records.values()] == [(Text("cat"),), (Text("dog"),)]
+    imported = load(read_dataset(mapping, tmp_path / "set" / "dog"))
+    assert imported.reasons() == [("00000000", "unsafe_path")]
