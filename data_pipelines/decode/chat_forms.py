@@ -11,7 +11,7 @@ Read forms, one object each:
 
 Tool calls become the paper's agent form inside one assistant turn: `*FUNCTION*`, `*ARGS*`, an unsupervised `*RESULT*`,
 `*RETURN*`. An answer of `"loss_weight": 0` (OpenAI's `"weight": 0`) is not learnt. Qwen-VL's
-`<ref>..</ref><box>(x1,y1),(x2,y2)</box>` and Qwen2-VL's own tags become regions where the chat has exactly one picture.
+`<ref>..</ref><box>(x1,y1),(x2,y2)</box>` and Qwen2-VL's own tags become regions (see `grid_tags`).
 Pictures and clips are numbered in order of their first use; no file is opened here.
 """
 
@@ -67,9 +67,7 @@ def read_chat(key: str, data: dict[str, Any]) -> tuple[list[dict[str, Any]], lis
                 part[kind] = str(numbers.setdefault((kind, part[kind]), len(numbers)))
     _number_regions(key, messages, numbers)
     media = list(numbers)
-    if len(media) == 1 and media[0][0] == "image":
-        messages = split_grid_tags(messages)
-    return trim(messages), media
+    return trim(split_grid_tags(key, messages, [kind for kind, _ in media])), media
 
 
 def _number_regions(key: str, messages: Sequence[dict[str, Any]], numbers: dict[tuple[MediaKind, str], int]) -> None:

@@ -24,6 +24,10 @@ from data_pipelines.errors import MediaError
 from data_pipelines.samples import Media, MediaKind, Record
 
 GRID = 1000
+_WITHIN = {  # by the count of numbers: a box, and a quad clockwise from its top left
+    4: (0.25, 0.25, 0.75, 0.75),
+    8: (0.25, 0.25, 0.75, 0.25, 0.75, 0.75, 0.25, 0.75),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,14 @@ def finish_record(written: WrittenRecord, facts: Mapping[str, Media]) -> Record:
 
 
 def grid_to_pixels(points: list[float], size: tuple[int, int]) -> list[float]:
-    """Coordinates x, y, x, y, ... of cells of the 0..1000 grid → pixels at the cells' middles; `size` is (w, h)."""
-    return [(min(value, GRID - 1) + 0.5) / GRID * size[i % 2] for i, value in enumerate(points)]
+    """Corners x, y, x, y, ... on the 0..1000 grid of a box or quad → pixels at their cells' middles; `size` is (w, h).
+
+    1000 is read as the last cell. Corners that share a cell along an axis, as (999,5),(1000,9) do, are set a quarter
+    cell to either side of its middle: the place keeps an area and is written back to the same cells.
+    """
+    cells = [min(value, GRID - 1) for value in points]
+    within = [_WITHIN[len(cells)] if len(set(cells[axis::2])) == 1 else (0.5,) * len(cells) for axis in (0, 1)]
+    return [(cell + within[i % 2][i]) / GRID * size[i % 2] for i, cell in enumerate(cells)]
 
 
 def declared_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:

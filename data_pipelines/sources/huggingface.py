@@ -199,9 +199,7 @@ def _messages(
     for count, source in enumerate(media):
         numbers[source.kind].append(str(count))
     placed = place_media(key, turns, numbers) if media else turns
-    if len(media) == 1 and media[0].kind == "image":
-        placed = split_grid_tags(placed)
-    return tuple(trim(placed))
+    return tuple(trim(split_grid_tags(key, placed, [source.kind for source in media])))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_pipelines.encode.chat import tokenize_record
 from data_pipelines.errors import DataError
 from data_pipelines.samples import MediaRef, Message, Region, Text
 from data_pipelines.sources.chat import chat_item, read_chats
@@ -181,16 +182,41 @@ def test_an_answer_of_no_weight_is_not_learnt_whatever_its_form(chats):
 
 
 def test_box_tags_become_regions_that_are_written_back_alike(chats):
-    answer = "See <ref>it</ref><box>(100,250),(500,1000)</box><box>(0,0),(1,1)</box> & <box>(9,9),(1,1)</box>"
+    answer = "See <ref>it</ref><box>(100,250),(500,1000)</box><box>(0,0),(1,1)</box> & <box>1,2</box>"
     record = chats(
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], "images": ["a.jpg"]}
     ).only()
     text, region, rest = record.messages[1].parts
-    assert (text, rest) == (Text("See "), Text(" & <box>(9,9),(1,1)</box>"))
+    assert (text, rest) == (Text("See "), Text(" & <box>1,2</box>"))
     # The middle of cell 100 of 40 pixels is 100.5 / 1000 * 40; 1000 is read as the last cell, 999.
     assert region.phrase == "it"
     assert region.boxes[0] == pytest.approx((4.02, 5.01, 20.02, 19.99))
     assert [int(1000 * x / (40, 20)[i % 2]) for i, x in enumerate(region.boxes[1])] == [0, 0, 1, 1]
+
+
+def test_places_thinner_than_a_cell_keep_an_area_and_their_cells(chats, tokenizer):
+    answer = "<box>(999,5),(1000,9)</box><box>(75,62),(75,62)</box>"
+    answer += "<quad>(999,5),(1000,5),(1000,9),(999,9)</quad>"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    record = chats({"messages": turns, "images": ["a.jpg"]}).only()
+    text = tokenize_record(record, tokenizer, "plain", record.media)
+    assert tokenizer.decode(text.input_ids).split("\n")[-1] == (
+        "<|box_start|>(999,5),(999,9)<|box_end|><|box_start|>(75,62),(75,62)<|box_end|>"
+        "<|quad_start|>(999,5),(999,5),(999,9),(999,9)<|quad_end|><|endoftext|>"
+    )
+
+
+def test_among_several_pictures_a_box_belongs_to_the_latest(chats):
+    turns = [
+        ("user", "<image> and <image>"),
+        ("assistant", "<ref>dog</ref><box>(0,0),(500,500)</box>"),
+        ("user", "In the first? <image>"),
+        ("assistant", "<box>(0,0),(500,500)</box>"),
+    ]
+    names = ["a.jpg", "b.jpg", "a.jpg"]
+    record = chats({"messages": [{"role": r, "content": c} for r, c in turns], "images": names}).only()
+    first, second = record.messages[1].parts[0], record.messages[3].parts[0]
+    assert (first.name, first.phrase, second.name) == ("1.jpg", "dog", "0.jpg")
 
 
 def test_regions_in_parts_are_checked_and_placed(chats):
@@ -212,6 +238,10 @@ def test_unsupervised_answers_by_loss_weight(chats):
     assert [message.parts[0].supervised for message in record.messages] == [True, False, True, True]
 
 
+def boxed(answer):
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+
+
 TURNS = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]
 BAD = [
     ({"messages": TURNS, "images": ["a.jpg", "b.jpg"]}, "tag_mismatch"),
@@ -226,6 +256,9 @@ BAD = [
     ({"messages": [{"role": "assistant", "tool_calls": [call("f", "{}", 1)]}, result(2, "x")]}, "bad_turns"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]}, "bad_field"),
     ({"messages": [{"role": "assistant", "tool_calls": [call(None, "{}", 1)]}]}, "bad_turns"),
+    ({"messages": [*TURNS, *boxed("<box>(9,9),(1,1)</box>")], "images": ["a.jpg"]}, "bad_box"),
+    ({"messages": [*TURNS, *boxed("<box>(9,9),(11,1001)</box>")], "images": ["a.jpg"]}, "bad_box"),
+    ({"messages": boxed("<box>(1,1),(9,9)</box>"), "videos": ["c.mp4"]}, "bad_box"),
     ({"messages": "x"}, "bad_field"),
     ({"conversations": [{"from": "human"}]}, "bad_text"),
     ({"instruction": "x"}, "bad_text"),
