@@ -17,6 +17,7 @@ from qwen2vl_train.export import fingerprint
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.restart import job
 
+_DECIDE_TENSORS = ("trainable", "optim.name", "optim.vit_layer_decay")  # the optimizer's groups and state
 _WEIGHTS = "initial_weights"  # beside the settings: which weights the stage was begun with
 
 
@@ -88,15 +89,16 @@ def initial_weights(run: RunConfig, name: str) -> Path | None:
     return path
 
 
-def refuse_other_settings(run: RunConfig, name: str) -> None:
+def refuse_other_settings(run: RunConfig, name: str, resume: str = "auto") -> None:
     """Neither continue nor reuse stage `name` under other settings than it was begun with.
 
-    A start that left neither checkpoint nor result binds nobody: its settings may have been the mistake.
+    A start that left neither checkpoint nor result binds nobody: its settings may have been the mistake. A checkpoint
+    that `resume` names may be taken under others, but for those that decide which tensors it holds.
 
     Raises:
         ConfigError: naming each key that differs, with both values.
     """
-    path = settings_file(run, name)
+    path = settings_file(run, name) if resume == "auto" else Path(resume).resolve().parent.parent / "settings.json"
     if not path.is_file() or not _has_begun(path.parent):
         return
     mine, held = _deciding_settings(run, name), json.loads(path.read_text())
@@ -105,6 +107,9 @@ def refuse_other_settings(run: RunConfig, name: str) -> None:
     held = {key: value for key, value in _defaults_of(run, name).items() if key in mine} | held
     changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
     sources = f"stages.{name}.data.sources."
+    if resume != "auto":
+        tensors = ("model.config.", *(f"stages.{name}.{key}" for key in _DECIDE_TENSORS))
+        changed = [key for key in changed if key.startswith(tensors)]
     if run.data_change == "accept":
         changed = [key for key in changed if not key.startswith(sources)]
     if changed:

@@ -219,8 +219,9 @@ def index_data(name: str, data: DataConfig, tokenizer: TextTokenizer, monitor: M
 def _open_run(run: RunConfig, folder: Path, settings: Mapping[str, Any], world: World) -> None:
     """Make the folder or refuse it; what it tells of the run so far changes only once the new settings are accepted."""
     for name in run.chain:
-        if resume_of(run, name, world.restarted) == "auto":
-            refuse_other_settings(run, name)
+        resume = resume_of(run, name, world.restarted)
+        if resume != "none":
+            refuse_other_settings(run, name, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", dict(settings))

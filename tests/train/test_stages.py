@@ -220,3 +220,12 @@ def test_a_stage_that_starts_anew_leaves_nothing_of_the_old_course_unless_it_can
     export(tmp_path, "language", 1.0)
     _leave_course(run, "vision", "none")
     assert not list(folder.iterdir())
+
+
+def test_a_named_checkpoint_is_taken_under_other_rates_but_not_with_other_groups_of_parameters(tmp_path):
+    begin(demo(tmp_path), {})
+    taken = f"resume={tmp_path / 'vision' / 'checkpoints' / 'step-00000001'}"
+    alone = World(0, 1, 0, torch.device("cpu"))
+    _open_run(demo(tmp_path, taken, "stages.vision.optim.lr.vit=0.5"), tmp_path, {}, alone)
+    with pytest.raises(ConfigError, match=r"\(stages\.vision\.optim\.vit_layer_decay: was 1\.0, is 0\.5\)"):
+        _open_run(demo(tmp_path, taken, "stages.vision.optim.vit_layer_decay=0.5"), tmp_path, {}, alone)
