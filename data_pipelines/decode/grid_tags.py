@@ -5,7 +5,7 @@
 
 Numbers are on the 0..1000 grid; the parts are marked `"grid": True` and become pixels once the picture's size is known.
 A phrase or box alone is a region, too. Among several pictures a region belongs to the latest before it, as Qwen-VL's
-own tools draw it; the tokens are the same whichever it is, for the grid is relative. Tags in this form that can be no place
+own tools draw it; the tokens are the same whichever it is: the grid is relative. Tags in this form that can be no place
 (reversed corners, numbers over 1000, no picture beside the clips) cost the chat, because as text they would teach
 Qwen-VL's old spelling. Text in which tags do not match the form stays text, and so does a chat without media.
 """
