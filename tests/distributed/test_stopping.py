@@ -1,12 +1,16 @@
 """A signal at any moment of a run ends it with 75, nothing is trained after it, and the same command finishes."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
+from qwen2vl_train.training.stopping import StopRequest
 from tests.distributed.launch import ROOT, command, environment, metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
@@ -45,6 +49,18 @@ def test_a_signal_outside_the_loop_ends_the_run_at_the_next_boundary(folder, whe
     assert ended.returncode == (75 if stopped else 0), ended.stderr
     assert stopped in ended.stderr
     assert begun == work
+
+
+def test_helper_processes_that_the_same_signal_ended_are_no_error_of_their_own():
+    """torchrun and a terminal signal the whole process group, pools that index or draw included."""
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.is_cause_of(BrokenProcessPool("a child ended"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.requested, stop.reason) == (True, "SIGTERM")
+        assert stop.is_cause_of(BrokenProcessPool("a child ended"))
+        assert not stop.is_cause_of(RuntimeError("something else"))
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
