@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from data_pipelines.errors import UserError
 from qwen2vl_train.training.restart import is_restart
@@ -114,7 +115,7 @@ def start_world(timeout_s: float) -> World:
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout_s)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store, rank, size = next(rendezvous("env://", timeout=limit))
         store = PrefixStore(f"start{_local_restarts()}", store)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, store=store, rank=rank, world_size=size)
     except dist.DistError as error:
