@@ -1,8 +1,8 @@
 """The ledger: everything that was dropped, shrunk or cut, one JSON line each.
 
 Enters: consumed packs with their events. Leaves: lines {"pack", "dataset", "key", "reason", "message"} appended to a
-file; "samples" where a line stands for several. Costs nothing for packs without events. A resumed run appends: lines of
-packs that are trained again carry the same pack numbers.
+file; "samples" where a line stands for several. Costs nothing for packs without events. A run that is resumed drops
+the lines of packs that it trains again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 from data_pipelines.samples import PackedBatch
 
 # Events that cost no sample: something was noted or made smaller, the sample is in its pack.
-LOSSLESS = frozenset({"shrunk", "truncated", "no_end_marker", "not_a_file", "unsafe_name", "worker_replaced"})
+LOSSLESS = frozenset(
+    {"shrunk", "truncated", "no_end_marker", "not_a_file", "unsafe_name", "worker_replaced", "scattered_key"}
+)
 
 
 class Ledger:
