@@ -1,9 +1,9 @@
 """A folder of clips with captions → documents.
 
-Captions come from a table (CSV with a header: a column video, file or path and a column caption or text; or JSON: a
-list of such objects, or {file: caption}), or from NAME.txt beside NAME.mp4. Columns question and answer,
-"captions" (a list) and chats ("messages", "conversations") are read too. Clips of the folder that the table does not
-name are ledger lines.
+Captions come from a table (CSV or TSV with a header: a column video, file or path, and caption or text; WebVid's
+videoid, page_dir and name; or JSON: a list of such objects, or {file: caption}), or from NAME.txt beside NAME.mp4.
+Columns question and answer, "captions" (a list) and chats ("messages", "conversations") are read too. Clips of the
+folder that the table does not name are ledger lines.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.config import MAX_RECORD_BYTES
 from data_pipelines.decode.fields import fail, mapping, sequence, text
 from data_pipelines.decode.members import media_kind
-from data_pipelines.errors import DataError, RecordError
+from data_pipelines.errors import DataError, MediaError, RecordError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.chat import chat_item
@@ -54,8 +56,7 @@ def read_clips(folder: Path, captions: Path | None) -> Entries:
             continue
         key = f"{number:06d}"
         try:
-            named = next((row[column] for column in _FILE_COLUMNS if row.get(column)), None)
-            path = resolve_media(named, folder, None, key)
+            path = _clip(key, row, folder)
             key = f"{number:06d}-{key_of(path.stem)}"
             told.add(path)
             yield clip_item(key, row, path, folder)
@@ -85,6 +86,20 @@ def clip_item(key: str, row: dict[str, Any], path: Path, folder: Path) -> Item:
     return Item(key, annotations, (MediaSource(path.name, "video", path),), "video")
 
 
+def _clip(key: str, row: dict[str, Any], folder: Path) -> Path:
+    """The file that a row names; WebVid's videoid 17 is 17.mp4, or 17.mp4 in the folder `page_dir`."""
+    column = next((column for column in _FILE_COLUMNS if row.get(column)), None)
+    named = None if column is None else row[column]
+    if column == "videoid":
+        for name in (f"{named}", f"{named}.mp4", f"{row.get('page_dir')}/{named}.mp4"):
+            try:
+                return resolve_media(name, folder, None, key)
+            except MediaError as error:
+                if error.reason != "missing_media":
+                    raise
+    return resolve_media(named, folder, None, key)
+
+
 def _beside(clips: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
     for number, path in enumerate(clips):
         try:
@@ -101,16 +116,13 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
             content = path.read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecordError(str(path), "missing_file", f"cannot be read: {error}") from error
-        rows = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-        for number, row in enumerate(rows):
-            yield number, {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
+        yield from _rows(path.name, content, "\t" if path.suffix.lower() == ".tsv" else ",")
         return
-    if path.suffix.lower() == ".json":
-        content = read_json(path)
-        if isinstance(content, dict) and all(isinstance(value, str) for value in content.values()):
-            for number, (name, caption) in enumerate(content.items()):
-                yield number, {"video": name, "caption": caption}
-            return
+    captions = _captions_by_name(path) if path.suffix.lower() == ".json" else None
+    if captions is not None:
+        for number, (name, caption) in enumerate(captions.items()):
+            yield number, {"video": name, "caption": caption}
+        return
     for number, line in enumerate(read_objects(path)):
         if isinstance(line, Line):
             try:
@@ -119,3 +131,31 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
                 yield number, problem(error.key, error.reason, error.message)
         else:
             yield number, line
+
+
+def _rows(file_name: str, content: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
+    """The rows of a table with a header; one that is no CSV, or has a field over the limit, is a ledger line."""
+    csv.field_size_limit(MAX_RECORD_BYTES)  # of the process; the package's own is 131,072 characters
+    rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter)
+    for number in itertools.count():
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield number, problem(f"{file_name}:{rows.line_num + 1}", "bad_csv", str(error))
+            continue
+        if row is None:
+            return
+        yield number, {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
+
+
+def _captions_by_name(path: Path) -> dict[str, str] | None:
+    """A file that is one object {clip: caption}; None for any other form."""
+    try:
+        content = read_json(path)
+    except RecordError as error:
+        if error.reason == "bad_json":  # perhaps JSON lines
+            return None
+        raise
+    if isinstance(content, dict) and all(isinstance(value, str) for value in content.values()):
+        return content
+    return None

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.config import MAX_RECORD_BYTES
 from data_pipelines.decode.fields import load_json
 from data_pipelines.errors import RecordError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.sources.item import problem
 
 _PEEK_BYTES = 4096
+_PEEK_LINES = 100  # a broken line at the beginning does not hide the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ def read_objects(path: Path) -> Iterator[Line | LedgerEvent]:
     except OSError as error:
         yield problem(path.name, "missing_file", f"cannot be read: {error.strerror}")
         return
-    if path.suffix.lower() in (".jsonl", ".ndjson") or (start.startswith(b"{") and not _is_one_object(path)):
+    if path.suffix.lower() in (".jsonl", ".ndjson") or (not start.startswith(b"[") and _holds_lines(path)):
         yield from _lines(path)
         return
     try:
@@ -62,17 +65,21 @@ def read_json(path: Path) -> Any:
     return load_json(str(path), data, max_bytes=None)
 
 
-def _is_one_object(path: Path) -> bool:
-    """Whether a file that begins with "{" is a single object rather than JSON lines without their extension."""
+def _holds_lines(path: Path) -> bool:
+    """Whether a file without an array is JSON lines without their extension: not JSON as a whole, but a line of it is.
+
+    A line counts that is an object from its first column on; those of a broken file in one piece are indented.
+    """
+    if _is_json(path.read_bytes(), None):
+        return False
+    with open(path, "rb") as file:
+        return any(line.startswith(b"{") and _is_json(line) for line in islice(file, _PEEK_LINES))
+
+
+def _is_json(data: bytes, max_bytes: int | None = MAX_RECORD_BYTES) -> bool:
     try:
-        load_json(path.name, path.read_bytes(), max_bytes=None)
+        load_json("", data, max_bytes=max_bytes)
     except RecordError:
-        with open(path, "rb") as file:
-            first = file.readline()
-        try:
-            load_json(path.name, first)
-        except RecordError:
-            return True  # neither: reported as one broken file
         return False
     return True
 

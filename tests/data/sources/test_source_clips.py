@@ -78,3 +78,32 @@ def test_a_broken_clip_is_left_out_and_a_gif_can_be_a_clip(folder, write_json, l
     facts = imported.records["000002-g"].media["0.gif"]
     assert (facts.kind, facts.width, facts.height, facts.frames) == ("video", 20, 10, 4)
     assert [key for key, _ in imported.reasons()] == ["000003-cut", "000004-page"]
+
+
+def test_webvids_ids_name_files_beside_or_in_their_page(folder, load):
+    (folder / "p1").mkdir()
+    (folder / "p1" / "17.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    (folder / "18.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    (folder / "t.csv").write_text("videoid,name,page_dir\n17,One,p1\n18,Two,p1\n19,Three,p1\n../t,Four,p1\n")
+    imported = load(read_clips(folder, folder / "t.csv"))
+    assert list(imported.records) == ["000000-17", "000001-18"]
+    assert imported.reasons()[:2] == [("000002", "missing_media"), ("000003", "unsafe_path")]
+
+
+def test_long_captions_are_read_and_longer_ones_cost_their_row(folder, load, monkeypatch):
+    table = folder / "t.TSV"
+    table.write_text(f"video\tcaption\na.mp4\t{'long ' * 30_000}\nb.mp4\tx, y\n")
+    imported = load(read_clips(folder, table))
+    assert [len(record.messages[1].parts[0].text) for record in imported.records.values()] == [150_000, 4]
+    monkeypatch.setattr("data_pipelines.sources.clips.MAX_RECORD_BYTES", 100_000)
+    imported = load(read_clips(folder, table))
+    assert list(imported.records) == ["000001-b"]
+    assert imported.reasons() == [("t.TSV:2", "bad_csv"), ("a.mp4", "no_annotation")]
+
+
+def test_json_lines_are_read_under_any_name_though_the_first_is_broken(folder, load):
+    for name in ("rows.json", "rows.txt"):
+        (folder / name).write_text('{"video": "a.mp4",\n{"video": "a.mp4", "caption": "x"}\n')
+        imported = load(read_clips(folder, folder / name))
+        assert imported.only().messages[1].parts == (Text("x"),)
+        assert imported.reasons() == [(f"{name}:1", "bad_json"), ("b.mp4", "no_annotation")]
