@@ -1,9 +1,9 @@
 """Webdataset tars of others → this project's shards: img2dataset (jpg + txt + json), GRIT, and our own form.
 
-Enters: tars that hold KEY.jpg with KEY.txt or KEY.json ("caption"; GRIT adds "noun_chunks" and "ref_exps", spans of the
-caption with boxes in fractions of the picture: [start, end, x1, y1, x2, y2, score]). Members are read in place by
-offset; nothing is extracted, names are never paths. A sample's damage costs that sample, a tar's damage what lies
-behind it.
+Enters: tars that hold KEY.jpg or KEY.mp4 with KEY.txt or KEY.json ("caption"; GRIT adds "noun_chunks" and "ref_exps",
+spans of the caption with boxes in fractions of the picture: [start, end, x1, y1, x2, y2, score]), or whatever a trainer
+reads from a tar. Members are read in place by offset; nothing is extracted, names are never paths. A sample's damage
+costs that sample, a tar's damage what lies behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from data_pipelines.config import MAX_RECORD_BYTES
 from data_pipelines.decode.fields import fail, load_json, mapping, number, sequence, text
 from data_pipelines.decode.members import media_kind, media_names
 from data_pipelines.decode.short_form import expand_short_form
+from data_pipelines.decode.tags import expand_tags
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.storage import LocalFile
 from data_pipelines.shards.tar import TarSample, scan_tar
@@ -69,20 +70,17 @@ def _item(key: str, sample: TarSample, file: LocalFile, path: Path, min_score: f
         fail(key, "members", sorted(sample.members), "the sample has neither a json nor a txt member", "no_record")
     data = mapping(key, "json", load_json(key, texts["json"])) if "json" in texts else {}
     sources = tuple(_source(name, sample, path) for name in names)
-    if data.get("boxes") or data.get("quads"):
-        expanded, task = expand_short_form(key, data, names)
-        data = {"task": task, **data, "messages": expanded}
     if "messages" in data:
-        return _own_form(key, data, names, sources)
-    if len(sources) != 1 or sources[0].kind != "image":
-        fail(key, "media", list(names), "needs exactly one picture", "no_media")
-    caption = data.get("caption")
-    if caption is None and "txt" in texts:
+        return _own_form(key, data, expand_tags(key, data), names, sources)
+    if "txt" in texts and data.get("caption") is None and data.get("text") is None:
         try:
-            caption = texts["txt"].decode("utf-8-sig")
+            data["caption"] = texts["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecordError(key, "bad_text", f"txt member is not UTF-8 at byte {error.start}") from error
-    caption = text(key, "caption", caption)
+    if data.get("boxes") or data.get("quads") or len(sources) != 1 or sources[0].kind != "image":
+        expanded, task = expand_short_form(key, data, names)
+        return _own_form(key, {"task": task, **data}, expanded, names, sources)
+    caption = text(key, "caption", data.get("caption"))
     grounded, referring = read_grit(key, data, caption, min_score)
     relative = MediaSource(names[0], "image", path, sources[0].offset, sources[0].length, relative=True)
     annotations = Annotations(captions=(caption.strip(),), grounded=grounded, referring=referring)
@@ -134,16 +132,18 @@ def _spans(
     return spans
 
 
-def _own_form(key: str, data: dict[str, Any], names: tuple[str, ...], sources: tuple[MediaSource, ...]) -> Item:
-    """A record of our own: its parts name members, which get new numbers."""
+def _own_form(
+    key: str, data: dict[str, Any], told: object, names: tuple[str, ...], sources: tuple[MediaSource, ...]
+) -> Item:
+    """A record of our own, whose messages are `told`: their parts name members, which get new numbers."""
     messages = []
-    for i, entry in enumerate(sequence(key, "messages", data["messages"])):
+    for i, entry in enumerate(sequence(key, "messages", told)):
         message = mapping(key, f"messages[{i}]", entry)
         content = message.get("content")
         if isinstance(content, list):
             content = [_renamed(key, f"messages[{i}].content[{j}]", part, names) for j, part in enumerate(content)]
         messages.append({**message, "content": content})
-    return Item(key, Annotations(messages=tuple(messages)), sources, data.get("task") or "chat")
+    return Item(key, Annotations(messages=tuple(messages)), sources, data.get("task") or "chat", _score(data))
 
 
 def _renamed(key: str, field: str, part: object, names: tuple[str, ...]) -> dict[str, Any]:

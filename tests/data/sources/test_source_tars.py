@@ -7,9 +7,9 @@ import tarfile
 import pytest
 
 from data_pipelines.errors import RecordError
-from data_pipelines.samples import MediaRef, Region, Text
+from data_pipelines.samples import MediaRef, Message, Region, Text
 from data_pipelines.sources.webdataset_tars import read_grit, read_tar
-from tests.data.sources.conftest import picture_bytes
+from tests.data.sources.conftest import clip_bytes, picture_bytes
 
 
 def write_tar(path, members):
@@ -85,6 +85,30 @@ def test_our_own_shards_can_be_read_again(tmp_path, load):
     read = load(read_tar(write_tar(tmp_path / "t.tar", members), "t")).only()
     assert read.task == "referring"
     assert read.messages[0].parts == (MediaRef("0.jpg", kind="image"), Region("0.jpg", "it"))
+
+
+def test_texts_clips_and_tags_of_our_own_form(tmp_path, load):
+    tagged = {
+        "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A dog."}],
+        "images": ["0.jpg"],
+    }
+    members = [
+        ("a.json", json.dumps({"text": "Some words."}).encode()),
+        ("b.json", json.dumps({"caption": "It turns."}).encode()),
+        ("b.mp4", clip_bytes()),
+        ("c.txt", b"It stops."),
+        ("c.mp4", clip_bytes()),
+        ("d.json", json.dumps(tagged).encode()),
+        ("d.0.jpg", picture_bytes()),
+    ]
+    imported = load(read_tar(write_tar(tmp_path / "t.tar", members), "t"))
+    assert imported.reasons() == []
+    words, turns, stops, tags = imported.records.values()
+    assert (words.task, words.messages) == ("text", (Message("assistant", (Text("Some words."),)),))
+    for record, caption in ((turns, "It turns."), (stops, "It stops.")):
+        assert record.messages[0].parts == (MediaRef("0.mp4", kind="video"), Text("Describe the video:"))
+        assert record.messages[1].parts == (Text(caption),)
+    assert tags.messages[0].parts == (MediaRef("0.jpg", kind="image"), Text("What?"))
 
 
 def test_a_cut_tar_keeps_what_lies_before_the_cut(tmp_path, load):
