@@ -1,7 +1,8 @@
 """Plain text → documents to be learnt whole: text files, and JSON lines with a text field.
 
 Long texts are cut at paragraphs, sentences or spaces, in this order of preference, into pieces of at most `max_chars`
-characters, because a trainer would cut off what does not fit into a pack; nothing is lost at a cut.
+characters, because a trainer would cut off what does not fit into a pack; nothing is lost at a cut. Lines of text files
+end in a line feed, whatever the file has.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def read_text(
     except (OSError, UnicodeDecodeError) as error:
         yield problem(path.name, "bad_text", f"cannot be read as UTF-8: {error}")
         return
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
     documents = [content] if unit == "file" else content.split("\n")
     for number, document in enumerate(documents):
         if document.strip():

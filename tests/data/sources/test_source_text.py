@@ -40,6 +40,12 @@ def test_text_files_and_lines(tmp_path, write_json, load):
     assert load(read_text(tmp_path / "c.txt", "c")).reasons() == [("c.txt", "bad_text")]
 
 
+def test_line_ends_are_line_feeds(tmp_path, load):
+    (tmp_path / "a.txt").write_bytes(b"One.\r\n\r\nTwo.\rThree.\n")
+    assert texts(load(read_text(tmp_path / "a.txt", "a"))) == ["One.\n\nTwo.\nThree.\n"]
+    assert texts(load(read_text(tmp_path / "a.txt", "a", unit="line"))) == ["One.", "Two.", "Three."]
+
+
 def test_class_folders_ask_for_the_class(tmp_path, make_picture, write_json, load):
     make_picture("set/n01/a.jpg")
     make_picture("set/sea_lion/b.jpg")
