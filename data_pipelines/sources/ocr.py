@@ -6,7 +6,8 @@ Read forms:
   "box" (4 numbers) for "quad", and WildReceipt's {"file_name", "annotations": [{"box": [8 numbers], "text"}]}.
 - a folder of pictures with one text file each (SROIE, ICDAR 2015): lines `x1,y1,x2,y2,x3,y3,x4,y4,text`, named
   NAME.txt, NAME.csv, NAME.box.csv or gt_NAME.txt, beside the picture or in --labels. `###` marks unreadable text.
-  NAME.key.json beside it (SROIE's key values) becomes a question.
+- SROIE's key values, a JSON object a picture, become a question: task 3's published folder, in which NAME.txt holds
+  them, alone; or beside the lines, from --key-values (NAME.txt or NAME.json) or as NAME.key.json.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", type=Path, metavar="DIR", help="folder of the text files (default: beside pictures)"
     )
+    parser.add_argument("--key-values", type=Path, metavar="DIR", help="folder of SROIE's key values (JSON objects)")
 
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
     for path, prefix in each_file(options.inputs):
         if path.is_dir():
-            yield from read_folder(path, options.labels or path, prefix)
+            yield from read_folder(path, options.labels or path, prefix, options.key_values)
         else:
             yield from read_manifest(path, options.media_root or path.parent, prefix)
 
@@ -88,8 +90,10 @@ def page_annotations(key: str, entry: dict[str, Any]) -> Annotations:
     )
 
 
-def read_folder(images: Path, labels: Path, prefix: str) -> Entries:
+def read_folder(images: Path, labels: Path, prefix: str, key_values: Path | None = None) -> Entries:
     """One item for every picture of a folder, in order of their names; a picture without text file is a ledger line."""
+    if key_values is not None and not key_values.is_dir():
+        raise RecordError(str(key_values), "missing_file", "is no folder")
     for path in media_in(images, "image"):
         if not path.is_file():
             continue
@@ -99,7 +103,12 @@ def read_folder(images: Path, labels: Path, prefix: str) -> Entries:
             label = _label_file(path.stem, labels)
             if label is None:
                 raise RecordError(key, "no_annotation", f"no text file for {path.name} in {labels.name}")
-            annotations = Annotations(lines=read_quad_lines(key, label), fields=_key_values(key, labels, path.stem))
+            stated = _key_value_file(path.stem, labels, key_values)
+            fields = () if stated is None else _key_values(key, stated)
+            if _holds_object(label):
+                annotations = Annotations(fields=fields or _key_values(key, label))
+            else:
+                annotations = Annotations(lines=read_quad_lines(key, label), fields=fields)
             yield Item(key, annotations, (MediaSource(path.name, "image", image),), "ocr")
         except DataError as error:
             yield problem(key, error.reason, error.message)
@@ -144,9 +153,24 @@ def _label_file(stem: str, folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _key_values(key: str, folder: Path, stem: str) -> tuple[tuple[str, str], ...]:
-    path = folder / f"{stem}.key.json"
-    if not path.is_file():
-        return ()
+def _key_value_file(stem: str, labels: Path, folder: Path | None) -> Path | None:
+    paths = [labels / f"{stem}.key.json"]
+    if folder is not None:
+        paths += [folder / f"{stem}.txt", folder / f"{stem}.json", folder / f"{stem}.key.json"]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _holds_object(path: Path) -> bool:
+    """Whether a text file holds a JSON object instead of lines, which begin with a number."""
+    with open(path, "rb") as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+
+def _key_values(key: str, path: Path) -> tuple[tuple[str, str], ...]:
+    """The named values of a page that are not blank.
+
+    Raises:
+        RecordError: the file is no JSON object.
+    """
     values = mapping(key, path.name, read_json(path))
     return tuple((name, value) for name, value in values.items() if isinstance(value, str) and value.strip())

@@ -65,3 +65,21 @@ def test_folders_of_icdar_and_sroie(tmp_path, make_picture, load):
 def test_a_page_without_labels_is_a_ledger_line(tmp_path, make_picture, load):
     make_picture("pages/a.jpg")
     assert load(read_folder(tmp_path / "pages", tmp_path / "pages", "p")).reasons() == [("p/a", "no_annotation")]
+
+
+def test_sroies_key_values_are_read_as_they_are_published(tmp_path, make_picture, load):
+    # Task 3's folder: NAME.jpg with NAME.txt that holds JSON; others ship img/, box/ and entities/ or key/.
+    make_picture("img/a.jpg")
+    make_picture("task3/a.jpg")
+    for folder, name in (("task3", "a.txt"), ("entities", "a.txt"), ("key", "a.json")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text('{\n    "company": "X Ltd",\n    "total": "5"\n}\n')
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box/a.txt").write_text("1,1,9,1,9,4,1,4,TOTAL\n")
+    asked = [(Text("Extract company, total as JSON:"),), (Text('{"company": "X Ltd", "total": "5"}'),)]
+    record = load(read_folder(tmp_path / "task3", tmp_path / "task3", "p")).only()
+    assert [message.parts[-1:] for message in record.messages] == asked
+    for folder in ("entities", "key"):
+        record = load(read_folder(tmp_path / "img", tmp_path / "box", "p", tmp_path / folder)).only()
+        assert record.messages[1].parts == (Region("0.jpg", "TOTAL", quads=(QUAD,)),)
+        assert [message.parts[-1:] for message in record.messages[2:]] == asked
