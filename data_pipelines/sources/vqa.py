@@ -8,8 +8,10 @@ Read forms, told apart by their fields:
 - A-OKVQA: [{"image_id", "question", "choices", "correct_choice_idx", "direct_answers"}]
 - GQA: {"questionId": {"imageId", "question", "answer"}}
 
-The answer to learn is the annotators' most frequent one, confident answers counting before others (Qwen-VL: "the answer
-with max confidence"). Questions of one picture share a document, because they share its pass through the ViT.
+The answer to learn is the one that the source singles out: the right choice (A-OKVQA), "answer" (GQA), or VQAv2's
+"multiple_choice_answer", which is the annotators' most frequent answer whatever their confidence. Where it singles out
+none, it is the one of the listed answers with the greatest sum of confidence (Qwen-VL: "the answer with max
+confidence"). Questions of one picture share a document, because they share its pass through the ViT.
 """
 
 from __future__ import annotations

@@ -27,7 +27,12 @@ def test_vqav2_joins_questions_and_answers_of_a_picture(tmp_path, make_picture, 
         "a.json",
         {
             "annotations": [
-                {"question_id": 1, "multiple_choice_answer": "net", "answers": []},
+                {
+                    "question_id": 1,
+                    "multiple_choice_answer": "net",  # counts before any confidence
+                    "answers": [{"answer": "bat", "answer_confidence": "yes"}]
+                    + [{"answer": "net", "answer_confidence": "no"}] * 2,
+                },
                 {
                     "question_id": 2,
                     "answers": [{"answer": "3", "answer_confidence": "maybe"}] * 3
