@@ -32,8 +32,7 @@ from data_pipelines.tokenizer import TextTokenizer
 
 PART_BYTES = 64 << 20
 _BLOCK = 1 << 20
-# Nothing is lost, here: other readers of the same tar may lose the sample.
-_NOTES = LOSSLESS | {"scattered_key", "no_samples"}
+_NOTES = LOSSLESS | {"no_samples"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,6 @@ class PartChecker:
         problems = [*self._opening, *self._scan.problems]
         if self._file is not None:
             problems += _unreadable_or_changed(self._file, len(self._scan.samples), alive)
-            problems += _scattered(self._file.name, self._scan.samples)
             if not problems and not self._scan.samples:
                 problems.append(ShardError(self._part.shard, "no_samples", "a sound tar without a single sample"))
         return [self._finding(_key_in(problem.key, public_name(self._part.shard)), problem) for problem in problems]
@@ -243,17 +241,3 @@ def _manifest_entry(file: ShardFile) -> dict[str, Any]:
         return next((dict(entry) for entry in listed if entry["path"] == shard.name), {})
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _scattered(shard: str, samples: list[TarSample]) -> Iterator[ShardError]:
-    """Keys whose members do not stand together: regrouped here, but readers that stream split the sample."""
-    places = sorted((member.offset, number) for number, s in enumerate(samples) for member in s.members.values())
-    runs = [0] * len(samples)
-    before = -1
-    for _, number in places:
-        runs[number] += number != before
-        before = number
-    for sample, count in zip(samples, runs, strict=True):
-        if count > 1:
-            message = f"its members stand in {count} places: read whole here, split by readers that stream the tar"
-            yield ShardError(f"{shard}/{sample.key}", "scattered_key", message)

@@ -3,7 +3,8 @@
 Enters: a `ShardFile`. Leaves: samples (members that share a key) with offsets, and the list of what is wrong with the
 shard. Costs one read a member (512 bytes of header), none of the data.
 
-Checked: every header's checksum, that members end inside the file, the end marker, data after it, repeated keys.
+Checked: every header's checksum, that members end inside the file, the end marker, data after it, repeated keys. Keys
+whose members do not stand together are joined, and noted: readers that stream the tar split or drop such samples.
 A damaged shard gives the whole samples before the damage and a problem that says where it ends: the reading of a tar
 cannot go on behind a header that is wrong. The webdataset package ends such a shard silently.
 
@@ -69,7 +70,7 @@ class Header:
 def scan_tar(file: ShardFile) -> TarScan:
     """The samples and problems of `file`. Damage is a problem of the returned scan, never an exception."""
     groups: dict[str, dict[str, Member]] = {}
-    repeated: dict[str, int] = {}
+    repeated, scattered = dict[str, int](), dict[str, int]()
     problems: list[ShardError] = []
     last_key = ""
     try:
@@ -85,6 +86,8 @@ def scan_tar(file: ShardFile) -> TarScan:
                     "cut_shard",
                     f"member {header.name!r} at {offset} claims {header.size} bytes, the file has {file.size}",
                 )
+            if key in groups and key != last_key:
+                scattered[key] = offset
             members = groups.setdefault(key, {})
             if suffix in members:
                 repeated[key] = offset
@@ -103,6 +106,10 @@ def scan_tar(file: ShardFile) -> TarScan:
                 f"{file.name}/{key}", "duplicate_key", f"key repeated at {offset}: which is meant is unknown, dropped"
             )
         )
+    for key, offset in scattered.items():
+        if key in groups:
+            message = f"its members do not stand together (more at {offset}): joined here, lost by readers that stream"
+            problems.append(ShardError(f"{file.name}/{key}", "scattered_key", message))
     return TarScan([TarSample(key, members) for key, members in groups.items()], problems)
 
 

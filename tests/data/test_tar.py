@@ -73,7 +73,11 @@ def test_a_repeated_key_is_dropped_and_scattered_members_are_joined(tmp_path):
         "a": ["json", "jpg"],
         "b": ["json", "jpg"],
     }
-    assert [problem.reason for problem in found.problems] == ["duplicate_key"]
+    assert [(problem.key.split("/")[-1], problem.reason) for problem in found.problems] == [
+        ("c", "duplicate_key"),
+        ("a", "scattered_key"),
+        ("b", "scattered_key"),
+    ]
 
 
 def test_bytes_after_the_end_marker_are_reported(tmp_path):
@@ -104,7 +108,7 @@ EXPECTED = {  # file: (samples that can be used, reasons)
     "path_traversal": (1, ["unsafe_name"] * 4),
     "links_devices": (1, ["not_a_file"] * 4),
     "duplicate_key": (3, ["duplicate_key"]),
-    "interleaved_keys": (2, []),
+    "interleaved_keys": (2, ["scattered_key", "scattered_key"]),
     "unicode_dots_names": (2, []),
     "macos_junk": (1, []),
     "empty": (0, []),
