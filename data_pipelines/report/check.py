@@ -1,7 +1,7 @@
 """`qwen2vl-data check SHARDS ...`: read every byte of shards and list what is wrong, per key.
 
 Enters: paths or globs of tars. Leaves: a line for each finding, or one JSON object each with `--json`, then a summary;
-exit code 1 when anything was found. Costs what decoding everything once costs, over all processes.
+exit code 1 when a run would lose anything. Costs what decoding everything once costs, over all processes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,21 @@ SHOWN_PER_REASON = 20
 
 @dataclass
 class CheckSummary:
-    """Counts over all shards. `bad_samples` lose something in a run; `findings` by reason, notes included."""
+    """Counts over all shards. `bad_samples` lose something in a run; `findings` by reason, notes included; `losses` are
+    the findings that are no mere notes.
+    """
 
     shards: int = 0
     samples: int = 0
     bad_samples: int = 0
     num_bytes: int = 0
+    losses: int = 0
     findings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, finding: Finding) -> None:
+        """Count one finding."""
+        self.findings[finding.reason] += 1
+        self.losses += finding.lost
 
     def as_json(self) -> dict[str, Any]:
         """The last line of `--json`."""
@@ -67,7 +75,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="read every byte of shards and list what is wrong",
         description="Read shards whole: every header's checksum, the end marker, repeated and scattered keys, the "
         "manifest's checksums, each record, every picture decoded, every clip opened and its frames decoded under a "
-        "deadline. Each finding names shard, key and reason. Exit code 1 when anything is wrong.",
+        "deadline. Each finding names shard, key and reason. Exit code 1 when a run would lose anything "
+        "for them; mere notes (scattered keys, no end marker) give 0.",
         epilog="Examples: qwen2vl-data check 'shards/coco/*.tar' | qwen2vl-data check shards/*/*.tar --json",
     )
     parser.add_argument("shards", nargs="+", metavar="TAR", help="paths, globs or ranges such as web-{0000..0099}.tar")
@@ -91,7 +100,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check and report; 1 when anything was found."""
+    """Check and report; 1 when a run would lose anything."""
     if options.tokenizer is not None:
         TextTokenizer(options.tokenizer)  # a bad folder is told once, here, not by every process
     settings = CheckSettings(
@@ -101,12 +110,12 @@ def run(options: argparse.Namespace) -> int:
         tokenizer=None if options.tokenizer is None else str(options.tokenizer),
         read_frames=not options.open_only,
     )
-    shards = expand_shards("check", options.shards)
+    shards = expand_shards("", options.shards)
     tell: _Tell = _JsonLines() if options.json else _Lines()
     processes = options.processes or len(os.sched_getaffinity(0))
     summary = check_shards(shards, settings, tell, processes, options.sample_timeout)
     tell.summary(summary)
-    return 1 if summary.findings else 0
+    return 1 if summary.losses else 0
 
 
 def check_shards(
@@ -122,8 +131,9 @@ def check_shards(
             summary.num_bytes += file.size
             file.close()
         except ShardError as error:
-            summary.findings[error.reason] += 1
-            tell.finding(Finding.of(shard, "", error.reason, error.message))
+            finding = Finding.of(shard, "", error.reason, error.message)
+            summary.add(finding)
+            tell.finding(finding)
     with (
         _progress(summary.num_bytes) as bar,
         closing(check_parts(parts, settings, processes, sample_timeout_s)) as results,
@@ -133,10 +143,15 @@ def check_shards(
                 summary.samples += 1
                 summary.bad_samples += any(finding.lost for finding in checked.findings)
             for finding in checked.findings:
-                summary.findings[finding.reason] += 1
+                summary.add(finding)
                 tell.finding(finding)
             bar(checked.num_bytes, summary)
     return summary
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A count with its noun: "1 shard", "2 shards", "1,000 losses"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 @contextmanager
@@ -148,7 +163,7 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int, CheckSummary], None]]:
         task = progress.add_task("checking", total=num_bytes)
 
         def advance(done: int, summary: CheckSummary) -> None:
-            text = f"{summary.samples:,} samples, {summary.findings.total():,} findings"
+            text = f"{counted(summary.samples, 'sample')}, {counted(summary.findings.total(), 'finding')}"
             progress.update(task, advance=done, description=text)
 
         yield advance
@@ -182,7 +197,8 @@ class _Lines:
 
     def summary(self, summary: CheckSummary) -> None:
         size = f"{summary.num_bytes / 1e6:,.1f} MB"
-        table = Table(title=f"{summary.shards:,} shards, {summary.samples:,} samples, {size}", title_justify="left")
+        shards, samples = counted(summary.shards, "shard"), counted(summary.samples, "sample")
+        table = Table(title=f"{shards}, {samples}, {size}", title_justify="left")
         for heading in ("reason", "findings", "a run"):
             table.add_column(heading, justify="right" if heading == "findings" else "left")
         for reason, count in summary.findings.most_common():
@@ -190,7 +206,8 @@ class _Lines:
         if summary.findings:
             self._console.print(table)
         sound = summary.samples - summary.bad_samples
-        whole = f"{summary.shards:,} shards of {size} read: {sound:,} of {summary.samples:,} samples are sound"
-        self._console.print(f"{whole}, {summary.findings.total():,} findings")
+        whole = f"{shards} of {size} read: {sound:,} of {samples} {'is' if 1 in (sound, summary.samples) else 'are'} sound"
+        notes = counted(summary.findings.total() - summary.losses, "note")
+        self._console.print(f"{whole}, {counted(summary.losses, 'loss', 'losses')}, {notes}")
         if any(count > SHOWN_PER_REASON for count in self._shown.values()):
             self._console.print(f"Of each reason the first {SHOWN_PER_REASON} are shown; --json lists all.")

@@ -143,7 +143,7 @@ def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
         if given and re.fullmatch(r"[\w.-]+", name):
             named.setdefault(name, []).extend(expand_shards(name, [pattern]))
             continue
-        for shard in expand_shards("shards", [word]):
+        for shard in expand_shards("", [word]):
             path = Path(file_of(public_name(shard)))
             folder = path.parent
             stem = re.sub(r"[-_.]?\d+$", "", path.name.removesuffix(".tar").removesuffix(".jsonl")) or folder.name

@@ -70,7 +70,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(options: argparse.Namespace) -> int:
     """Build and report; 1 with `--strict` and problems."""
-    shards = expand_shards("index", options.shards)
+    shards = expand_shards("", options.shards)
     counting = Counting(TextTokenizer(options.tokenizer), options.template) if options.tokenizer else None
     with index_progress() as progress:
         build_missing(shards, counting, options.processes, progress)

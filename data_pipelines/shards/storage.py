@@ -134,23 +134,23 @@ class OpenShards:
 def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = REMOTE_DEFAULTS) -> list[str]:
     """The shards that `patterns` name, sorted, each once. A pattern is a path, a glob, or holds ranges `{0000..0099}`.
 
-    URLs may hold all of these, too; one without a glob is taken as it is, and missed when it is opened.
+    `source` is the name of the mixture's source that lists them, "" where there is none. URLs may hold all of these,
+    too; one without a glob is taken as it is, and missed when it is opened.
 
     Raises:
         ShardError: a pattern names no file: a mixture that silently lacks a source would train on something else.
     """
     found: set[str] = set()
+    named = f"source {source!r}" if source else "shards"
     for pattern in patterns:
         for path in expand_braces(os.path.expanduser(pattern.removeprefix("file://"))):
             matches = _matches(path, remote)
             if not matches:
                 where = "" if is_remote(path) else _nearest_folder(path)
-                raise ShardError(
-                    source, "no_shards", f"source {source!r}: no shard matches {public_name(path)!r}{where}"
-                )
+                raise ShardError(named, "no_shards", f"no shard matches {public_name(path)!r}{where}")
             found.update(matches)
     if not found:
-        raise ShardError(source, "no_shards", f"source {source!r} names no shards: give paths or globs of tar files")
+        raise ShardError(named, "no_shards", "names no shards: give paths or globs of tar files")
     return sorted(found)
 
 

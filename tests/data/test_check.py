@@ -223,8 +223,24 @@ def test_people_get_the_first_of_each_reason_and_a_table(tmp_path, capsys, monke
     assert main(["check", write_tar(tmp_path / "bad.tar", members)]) == 1
     shown = capsys.readouterr().out
     assert shown.count("not_an_image  ") == 20
-    assert "0 of 25 samples are sound" in shown
+    assert "1 shard of 0.1 MB read: 0 of 25 samples are sound, 25 losses, 0 notes" in shown
     assert "leaves them out" in shown
+
+
+def test_a_harmless_note_is_told_and_ends_in_exit_code_zero(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    members = [("a.json", caption()), ("b.json", caption()), ("a.0.png", picture()), ("b.0.png", picture())]
+    assert main(["check", write_tar(tmp_path / "x.tar", members)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 samples are sound, 0 losses, 2 notes" in shown
+    assert "is not harmed" in shown
+
+
+def test_a_pattern_that_names_nothing_is_told_once(tmp_path, capsys):
+    assert main(["check", f"{tmp_path}/x*.tar"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("qwen2vl-data check: shards: no shard matches ")
+    assert told.count("check") == 1 + str(tmp_path).count("check")
 
 
 # What the manifest of bad/ allows to be left out says "skip", "refuse" or "drop"; everything else must load.
