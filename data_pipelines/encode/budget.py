@@ -17,9 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from data_pipelines.config import MediaConfig
 from data_pipelines.errors import BudgetError, MediaError
 from data_pipelines.samples import Media, MediaPlan, MediaRef
@@ -91,35 +88,6 @@ def plan_media(
             f"(max_media_tokens={config.max_media_tokens}); raise them or drop the sample",
         )
     return _shrink_to_fit(medias, wishes, limit)
-
-
-def plan_counts(
-    heights: npt.NDArray[np.int64],
-    widths: npt.NDArray[np.int64],
-    text_tokens: npt.NDArray[np.int64],
-    config: MediaConfig,
-    max_tokens: int,
-) -> npt.NDArray[np.int64]:
-    """Media tokens of many samples with one still image each, no per-part limits; the same numbers as `plan_media`.
-
-    All arrays [n]. -1 where the common case does not hold (must shrink, does not fit, bad size): ask `plan_media`.
-    """
-    heights_f, widths_f = heights.astype(np.float64), widths.astype(np.float64)
-    valid = (heights >= 1) & (widths >= 1) & (heights <= MAX_ASPECT * widths) & (widths <= MAX_ASPECT * heights)
-    pixels = np.where(valid, heights_f * widths_f, 1.0)
-    rows, columns = np.rint(heights_f / TOKEN_SIDE), np.rint(widths_f / TOKEN_SIDE)
-    area = rows * columns * TOKEN_PIXELS
-    over, under = area > config.max_pixels, area < config.min_pixels
-    beta = np.sqrt(pixels / config.max_pixels)
-    rows = np.where(over, np.maximum(1, np.floor(heights_f / beta / TOKEN_SIDE)), rows)
-    columns = np.where(over, np.maximum(1, np.floor(widths_f / beta / TOKEN_SIDE)), columns)
-    beta = np.sqrt(config.min_pixels / pixels)
-    rows = np.where(under, np.ceil(heights_f * beta / TOKEN_SIDE), rows)
-    columns = np.where(under, np.ceil(widths_f * beta / TOKEN_SIDE), columns)
-    tokens = (rows * columns).astype(np.int64)
-    limit = np.minimum(config.max_media_tokens, max_tokens - text_tokens)
-    counts: npt.NDArray[np.int64] = np.where(valid & (tokens <= limit), tokens, -1)
-    return counts
 
 
 def count_frames(media: Media, ref: MediaRef, config: MediaConfig) -> int:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.config import MediaConfig
-from data_pipelines.encode.budget import count_frames, plan_counts, plan_media, smart_resize
+from data_pipelines.encode.budget import count_frames, plan_media, smart_resize
 from data_pipelines.errors import BudgetError, MediaError
 from data_pipelines.samples import Media, MediaPlan, MediaRef
 
@@ -169,21 +169,3 @@ def test_what_cannot_fit_is_an_error_with_the_numbers(items, text, max_tokens):
 
 def test_text_may_fill_the_pack_exactly():
     assert plan(text=10, max_tokens=10) == ()
-
-
-def test_many_samples_at_once_are_planned_alike():
-    random = np.random.default_rng(2)
-    heights = np.concatenate([random.integers(0, 300, 4000), random.integers(1, 9000, 4000)])
-    widths = np.concatenate([random.integers(0, 300, 4000), random.integers(1, 9000, 4000)])
-    text = random.integers(0, 1500, len(heights))
-    config = MediaConfig(min_pixels=16 * TOKEN, max_pixels=1280 * TOKEN)
-    counts = plan_counts(heights, widths, text, config, 2048)
-    common = 0
-    for height, width, tokens, count in zip(heights, widths, text, counts, strict=True):
-        if count < 0:
-            continue
-        (item,) = plan(image(int(width), int(height)), text=int(tokens), config=config, max_tokens=2048)
-        assert (item.num_tokens, item.shrunk) == (count, False)
-        common += 1
-    assert common > 4000
-    assert (counts < 0).any()

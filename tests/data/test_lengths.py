@@ -25,7 +25,7 @@ def table(samples, text, truncatable=None):
 
 
 def random_media(rng):
-    width, height = (int(side) for side in np.exp(rng.uniform(np.log(3), np.log(3000), 2)))
+    width, height = (int(side) for side in np.exp(rng.uniform(0, np.log(9000), 2)))
     low, high = sorted(int(pixels) for pixels in rng.integers(700, 900_000, 2))
     limits = {"min_pixels": low if rng.random() < 0.2 else None, "max_pixels": high if rng.random() < 0.2 else None}
     if rng.random() < 0.6:
