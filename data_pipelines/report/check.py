@@ -206,7 +206,8 @@ class _Lines:
         if summary.findings:
             self._console.print(table)
         sound = summary.samples - summary.bad_samples
-        whole = f"{shards} of {size} read: {sound:,} of {samples} {'is' if 1 in (sound, summary.samples) else 'are'} sound"
+        verb = "is" if 1 in (sound, summary.samples) else "are"
+        whole = f"{shards} of {size} read: {sound:,} of {samples} {verb} sound"
         notes = counted(summary.findings.total() - summary.losses, "note")
         self._console.print(f"{whole}, {counted(summary.losses, 'loss', 'losses')}, {notes}")
         if any(count > SHOWN_PER_REASON for count in self._shown.values()):
