@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
-    for path, prefix in each_file(options.files):
-        yield from read_chats(path, options.media_root or path.parent, prefix)
+    return each_file(options.files, lambda path, key: read_chats(path, options.media_root or path.parent, key))
 
 
 def read_chats(path: Path, media_root: Path, prefix: str) -> Entries:

@@ -12,7 +12,7 @@ from data_pipelines.decode.fields import mapping, text
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.inputs import media_in
-from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Item, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
 
@@ -35,8 +35,11 @@ def read_classes(folder: Path, names: Path | None) -> Entries:
     if not folder.is_dir():
         raise RecordError(str(folder), "missing_file", "is no folder")
     called = {} if names is None else mapping(names.name, "names", read_json(names))
-    for number, group in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
-        for count, path in enumerate(media_in(group, "image")):
+    groups = sorted(path for path in folder.iterdir() if path.is_dir())
+    for number, group in enumerate(groups):
+        pictures = media_in(group, "image")
+        yield Expected(len(pictures), 1 / len(groups))
+        for count, path in enumerate(pictures):
             key = f"{number:04d}-{key_of(group.name)}/{count:06d}-{key_of(path.stem)}"
             try:
                 label = text(key, "names", called.get(group.name, group.name)).replace("_", " ")

@@ -24,12 +24,13 @@ from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.chat import chat_item
 from data_pipelines.sources.inputs import media_in
-from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, Question, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Item, MediaSource, Question, problem
 from data_pipelines.sources.json_files import Line, read_json, read_objects
 from data_pipelines.sources.keys import key_of
 
 HELP = "a folder of clips with captions (CSV, JSON, or a text file beside each clip)"
 
+_Row = dict[str, Any] | LedgerEvent | Expected
 _FILE_COLUMNS = ("video", "file", "path", "file_name", "filename", "videoid", "video_path")
 _CAPTION_COLUMNS = ("caption", "text", "description", "name")
 
@@ -51,7 +52,7 @@ def read_clips(folder: Path, captions: Path | None) -> Entries:
     rows = _beside(clips) if captions is None else _table(captions)
     told: set[Path] = set()
     for number, row in rows:
-        if isinstance(row, LedgerEvent):
+        if isinstance(row, LedgerEvent | Expected):
             yield row
             continue
         key = f"{number:06d}"
@@ -100,7 +101,8 @@ def _clip(key: str, row: dict[str, Any], folder: Path) -> Path:
     return resolve_media(named, folder, None, key)
 
 
-def _beside(clips: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
+def _beside(clips: Sequence[Path]) -> Iterator[tuple[int, _Row]]:
+    yield 0, Expected(len(clips))
     for number, path in enumerate(clips):
         try:
             caption = path.with_suffix(".txt").read_bytes().decode("utf-8-sig").strip()
@@ -110,7 +112,7 @@ def _beside(clips: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any] | Ledge
         yield number, {"video": path.name, "caption": caption}
 
 
-def _table(path: Path) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
+def _table(path: Path) -> Iterator[tuple[int, _Row]]:
     if path.suffix.lower() in (".csv", ".tsv"):
         try:
             content = path.read_bytes().decode("utf-8-sig")
@@ -123,18 +125,19 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
         for number, (name, caption) in enumerate(captions.items()):
             yield number, {"video": name, "caption": caption}
         return
-    for number, line in enumerate(read_objects(path)):
+    for line in read_objects(path):
         if isinstance(line, Line):
             try:
-                yield number, mapping(f"{path.name}:{number + 1}", "row", line.value)
+                yield line.number, mapping(f"{path.name}:{line.number + 1}", "row", line.value)
             except RecordError as error:
-                yield number, problem(error.key, error.reason, error.message)
+                yield line.number, problem(error.key, error.reason, error.message)
         else:
-            yield number, line
+            yield 0, line
 
 
-def _rows(file_name: str, content: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | LedgerEvent]]:
+def _rows(file_name: str, content: str, delimiter: str) -> Iterator[tuple[int, _Row]]:
     """The rows of a table with a header; one that is no CSV, or has a field over the limit, is a ledger line."""
+    yield 0, Expected(content.count("\n"))
     csv.field_size_limit(MAX_RECORD_BYTES)  # of the process; the package's own is 131,072 characters
     rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter)
     for number in itertools.count():

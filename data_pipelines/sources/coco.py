@@ -18,7 +18,7 @@ from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.compose import unique_objects
-from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 
 HELP = "COCO instances and captions: one document a picture with captions, boxes and referring questions"
@@ -69,6 +69,7 @@ def read_coco(images: Path, instances: Path | None, captions: Path | None, refer
                     objects[number].append(_object(path.name, annotation, names))
             except RecordError as error:
                 yield problem(f"{path.name}:{annotation.get('id')}", error.reason, error.message)
+    yield Expected(len(pictures))
     for number, image in pictures.items():
         key = f"{number:012d}"
         try:

@@ -12,7 +12,16 @@ from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -82,8 +91,8 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     settings = _settings(options)
     entries = SOURCES[options.source].read(options)
-    with _progress(console, settings.name) as advance:
-        report = run_import(entries, settings, advance)
+    with _progress(console, settings.name) as (advance, expect):
+        report = run_import(entries, settings, advance, expect)
     _print_report(report, settings)
     if report.records == 0:
         console.print(f"no usable sample: see {settings.out / LEDGER_NAME}")
@@ -149,12 +158,16 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def _progress(console: Console, name: str) -> Iterator[Callable[[int], None]]:
-    """Progress on the terminal; nothing where the output is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn())
+def _progress(console: Console, name: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Progress on the terminal, as two functions: so many more done, so many in all (whence the time left).
+
+    Nothing is shown where the output is no terminal.
+    """
+    words, count = TextColumn("{task.description}"), MofNCompleteColumn()
+    columns = (words, BarColumn(), count, _Rate(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task(name, total=None)
-        yield lambda done: progress.advance(task, done)
+        yield (lambda done: progress.advance(task, done)), (lambda total: progress.update(task, total=total))
 
 
 def _print_report(report: ImportReport, settings: ImportSettings) -> None:

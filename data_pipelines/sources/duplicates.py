@@ -26,8 +26,7 @@ from PIL import Image
 from data_pipelines.config import MediaConfig
 from data_pipelines.decode.image import FORMATS, probe_image
 from data_pipelines.errors import DataError
-from data_pipelines.samples import LedgerEvent
-from data_pipelines.sources.item import Item, problem
+from data_pipelines.sources.item import Entry, Item, problem
 from data_pipelines.sources.pictures import read_media
 
 HASH_BITS = 63
@@ -64,8 +63,8 @@ class NearDuplicates:
 
 
 def drop_duplicates(
-    entries: Iterable[Item | LedgerEvent], rule: ExactDuplicates | NearDuplicates, count: SampleCount
-) -> Iterator[Item | LedgerEvent]:
+    entries: Iterable[Entry], rule: ExactDuplicates | NearDuplicates, count: SampleCount
+) -> Iterator[Entry]:
     """`entries` without later duplicates; `count` is told what came and what stayed."""
     exact: dict[bytes, str] = {}
     near = _HashIndex(rule.max_distance) if isinstance(rule, NearDuplicates) else None

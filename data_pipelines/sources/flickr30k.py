@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.media_files import resolve_media
-from data_pipelines.sources.item import Annotations, Box, Entries, Grounded, Item, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Box, Entries, Expected, Grounded, Item, MediaSource, problem
 from data_pipelines.sources.keys import key_of
 
 HELP = "Flickr30k Entities: captions whose phrases have boxes"
@@ -42,6 +42,7 @@ def read_flickr30k(images: Path, sentences: Path, annotations: Path, ids: Path |
     if not sentences.is_dir() or not annotations.is_dir():
         raise RecordError(str(sentences), "missing_file", f"{sentences} and {annotations} must be folders")
     listed = ids.read_text(encoding="utf-8").split() if ids else sorted(path.stem for path in sentences.glob("*.txt"))
+    yield Expected(len(listed))
     for name in listed:
         key = key_of(name)
         try:

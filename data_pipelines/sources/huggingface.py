@@ -40,6 +40,7 @@ from data_pipelines.sources.item import (
     Annotations,
     Box,
     Entries,
+    Expected,
     Item,
     Labelled,
     MediaSource,
@@ -90,7 +91,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def read_dataset(mapping: dict[str, Any], media_root: Path | None, limit: int = 0) -> Entries:
     """One item a row, keyed by its number."""
-    features, rows = _load(mapping)
+    features, rows, total = _load(mapping)
+    if total is not None:
+        yield Expected(min(total, limit) if limit else total)
     for count, row in enumerate(rows):
         if limit and count >= limit:
             return
@@ -123,8 +126,11 @@ def row_item(key: str, row: dict[str, Any], mapping: dict[str, Any], features: A
     return Item(key, annotations, media, mapping.get("task"), score)
 
 
-def _load(mapping: dict[str, Any]) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """The dataset's features and rows, media columns as bytes or paths instead of decoded."""
+def _load(mapping: dict[str, Any]) -> tuple[Any, Iterator[dict[str, Any]], int | None]:
+    """The dataset's features, its rows, media columns as bytes or paths instead of decoded, and their number.
+
+    The number is that of the dataset's card while streaming, None where there is none.
+    """
     import datasets  # here, because it takes a second to import and only this source needs it
 
     dataset = datasets.load_dataset(**mapping["load"])
@@ -138,7 +144,11 @@ def _load(mapping: dict[str, Any]) -> tuple[Any, Iterator[dict[str, Any]]]:
                 dataset = dataset.cast_column(entry["column"], kind(decode=False))
             elif isinstance(nested, kind):
                 dataset = dataset.cast_column(entry["column"], datasets.List(kind(decode=False)))
-    return dataset.features, iter(dataset)
+    splits = dataset.info.splits or {}
+    total = (
+        len(dataset) if hasattr(dataset, "__len__") else getattr(splits.get(str(dataset.split)), "num_examples", None)
+    )
+    return dataset.features, iter(dataset), total or None
 
 
 def _column(key: str, row: dict[str, Any], path: str) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data_pipelines.decode.fields import mapping
 from data_pipelines.decode.members import media_kind
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import MediaKind
-from data_pipelines.sources.item import Entries, Item, problem
+from data_pipelines.sources.item import Entries, Expected, Item, problem
 from data_pipelines.sources.json_files import Line, read_objects
 from data_pipelines.sources.keys import key_of
 
@@ -29,10 +30,16 @@ def add_files(
         )
 
 
-def each_file(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """The files with the prefixes of their keys: the stem, numbered where there are several files."""
-    for number, path in enumerate(paths):
-        yield path, key_of(path.stem) if len(paths) == 1 else f"{number}-{key_of(path.stem)}"
+def each_file(paths: Sequence[Path], read_one: Callable[[Path, str], Entries]) -> Entries:
+    """The entries that `read_one(path, prefix of keys)` gives of all files.
+
+    Prefixes are the files' stems, numbered where there are several. What one file expects is told as its share of the
+    bytes of all.
+    """
+    sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        for entry in read_one(path, key_of(path.stem) if len(paths) == 1 else f"{number}-{key_of(path.stem)}"):
+            yield replace(entry, share=size / sum(sizes)) if isinstance(entry, Expected) and size else entry
 
 
 def each_object(path: Path, prefix: str, what: str, make: MakeItems) -> Entries:

@@ -14,8 +14,6 @@ from typing import Any
 from data_pipelines.samples import LedgerEvent, MediaKind
 
 Box = tuple[float, ...]
-Entry = "Item | LedgerEvent"
-Entries = Iterator["Item | LedgerEvent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +106,21 @@ class Item:
     task: str | None = None
     score: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A source's word that about `count` entries follow, for the time left alone.
+
+    They are those of the whole input, or of a part that is `share` of it (one file among several, by bytes).
+    """
+
+    count: int
+    share: float = 1.0
+
+
+Entry = Item | LedgerEvent | Expected
+Entries = Iterator[Entry]
 
 
 def problem(key: str, reason: str, message: str) -> LedgerEvent:

@@ -23,7 +23,7 @@ from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.inputs import add_files, each_file, each_object, media_in
-from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, TextLine, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Item, MediaSource, TextLine, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
 from data_pipelines.sources.quads import clockwise, read_corners
@@ -43,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
-    for path, prefix in each_file(options.inputs):
+
+    def read_one(path: Path, prefix: str) -> Entries:
         if path.is_dir():
-            yield from read_folder(path, options.labels or path, prefix, options.key_values)
-        else:
-            yield from read_manifest(path, options.media_root or path.parent, prefix)
+            return read_folder(path, options.labels or path, prefix, options.key_values)
+        return read_manifest(path, options.media_root or path.parent, prefix)
+
+    return each_file(options.inputs, read_one)
 
 
 def read_manifest(path: Path, media_root: Path, prefix: str) -> Entries:
@@ -94,7 +96,9 @@ def read_folder(images: Path, labels: Path, prefix: str, key_values: Path | None
     """One item for every picture of a folder, in order of their names; a picture without text file is a ledger line."""
     if key_values is not None and not key_values.is_dir():
         raise RecordError(str(key_values), "missing_file", "is no folder")
-    for path in media_in(images, "image"):
+    pictures = media_in(images, "image")
+    yield Expected(len(pictures))
+    for path in pictures:
         if not path.is_file():
             continue
         key = f"{prefix}/{key_of(path.stem)}"

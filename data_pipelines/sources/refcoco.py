@@ -26,7 +26,7 @@ from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.media_files import resolve_media
-from data_pipelines.sources.item import Annotations, Box, Entries, Item, Labelled, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Box, Entries, Expected, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 
 HELP = "RefCOCO, RefCOCO+, RefCOCOg: expression → box and box → expression"
@@ -71,6 +71,7 @@ def read_refcoco(refs: Path, instances: Path | None, images: Path, split: str = 
             yield entry
         else:
             pictures[entry[0]].append(entry)
+    yield Expected(len(pictures))
     for number, (name, told) in enumerate(pictures.items()):
         key = f"{number:06d}-{Path(name).stem}".replace(".", "_")
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from data_pipelines.decode.fields import text
 from data_pipelines.sources.compose import text_part
 from data_pipelines.sources.inputs import add_files, each_file, each_object
-from data_pipelines.sources.item import Annotations, Entries, Item, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Item, problem
 
 HELP = "plain text: .txt and .md files, JSON or JSON lines with a text field"
 DEFAULT_MAX_CHARS = 20_000
@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
-    for path, prefix in each_file(options.files):
-        yield from read_text(path, prefix, options.field, options.unit, options.max_chars)
+    return each_file(
+        options.files, lambda path, key: read_text(path, key, options.field, options.unit, options.max_chars)
+    )
 
 
 def read_text(
@@ -53,6 +54,7 @@ def read_text(
         return
     content = content.replace("\r\n", "\n").replace("\r", "\n")
     documents = [content] if unit == "file" else content.split("\n")
+    yield Expected(sum(1 + len(document) // max_chars for document in documents if document.strip()))
     for number, document in enumerate(documents):
         if document.strip():
             yield from _pieces(f"{prefix}/{number:06d}", document, max_chars)

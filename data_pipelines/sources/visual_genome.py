@@ -17,7 +17,7 @@ from data_pipelines.decode.fields import fail, mapping, number, sequence, text
 from data_pipelines.decode.written_record import declared_size
 from data_pipelines.errors import DataError, MediaError, RecordError
 from data_pipelines.shards.media_files import resolve_media
-from data_pipelines.sources.item import Annotations, Entries, Item, Labelled, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.json_files import read_json
 
 HELP = "Visual Genome region descriptions: box → phrase and phrase → box"
@@ -48,7 +48,9 @@ def read_visual_genome(
 ) -> Entries:
     """One item a picture. Of its usable regions the first `max_regions` stay; a broken one is a ledger line."""
     sizes = {} if image_data is None else _sizes(image_data)
-    for i, value in enumerate(sequence(path.name, "file", read_json(path))):
+    pictures = sequence(path.name, "file", read_json(path))
+    yield Expected(len(pictures))
+    for i, value in enumerate(pictures):
         key = f"picture-{i:07d}"
         try:
             entry = mapping(key, f"[{i}]", value)

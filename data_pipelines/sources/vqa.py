@@ -25,7 +25,7 @@ from typing import Any
 from data_pipelines.decode.fields import fail, mapping, sequence, text
 from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.media_files import resolve_media
-from data_pipelines.sources.item import Annotations, Entries, Item, MediaSource, Question, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Item, MediaSource, Question, problem
 from data_pipelines.sources.json_files import read_json
 from data_pipelines.sources.keys import key_of
 
@@ -66,6 +66,7 @@ def read_vqa(path: Path, answers: Path | None, images: Path, image_name: str, ch
             asked.setdefault(_image(key, fields, image_name), []).append(question)
         except DataError as error:
             yield problem(key, error.reason, error.message)
+    yield Expected(len(asked))
     for number, (name, questions) in enumerate(asked.items()):
         key = f"{number:07d}-{key_of(Path(name).stem)}"
         try:

@@ -21,7 +21,7 @@ from data_pipelines.errors import DataError, RecordError
 from data_pipelines.shards.storage import LocalFile
 from data_pipelines.shards.tar import TarSample, scan_tar
 from data_pipelines.sources.inputs import add_files, each_file
-from data_pipelines.sources.item import Annotations, Entries, Grounded, Item, Labelled, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Entries, Expected, Grounded, Item, Labelled, MediaSource, problem
 from data_pipelines.sources.keys import key_of
 
 HELP = "webdataset tars: img2dataset, GRIT, or shards in this project's form"
@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
-    for path, prefix in each_file(options.tars):
-        yield from read_tar(path, prefix, options.min_score)
+    return each_file(options.tars, lambda path, key: read_tar(path, key, options.min_score))
 
 
 def read_tar(path: Path, prefix: str, min_score: float = 0.0) -> Entries:
@@ -53,6 +52,7 @@ def read_tar(path: Path, prefix: str, min_score: float = 0.0) -> Entries:
         scan = scan_tar(file)
         for damage in scan.problems:
             yield problem(f"{path.name}: {damage.key}", damage.reason, damage.message)
+        yield Expected(len(scan.samples))
         for count, sample in enumerate(scan.samples):
             key = f"{prefix}/{count:06d}-{key_of(sample.key)}"
             try:

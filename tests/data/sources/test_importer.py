@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipelines.cli import main
+from data_pipelines.cli import build_parser, main
 from data_pipelines.errors import RecordError
+from data_pipelines.sources import text
 from data_pipelines.sources.clean_media import Similarity
 from data_pipelines.sources.importer import ImportSettings, run_import
-from data_pipelines.sources.item import Annotations, Item, Labelled, MediaSource, problem
+from data_pipelines.sources.item import Annotations, Expected, Item, Labelled, MediaSource, problem
 from tests.data.sources.conftest import read_back
 
 
@@ -173,11 +174,32 @@ def test_a_folder_with_other_shards_is_left_alone(tmp_path):
     assert (tmp_path / "mine.tar").read_bytes() == b"x"
 
 
-def test_progress_counts_every_item(tmp_path, make_picture):
+def test_progress_counts_every_entry_when_it_is_done(tmp_path, make_picture):
     seen = []
     settings = ImportSettings(tmp_path / "out", "s", "test", {}, max_records=3)
-    run_import(items("p", make_picture), settings, seen.append)
-    assert seen == [3, 3, 1]
+    run_import([problem("line:1", "bad_json", "broken"), *items("p", make_picture)], settings, seen.append)
+    assert seen == [1] * 8
+    seen.clear()
+    run_import(items("p", make_picture), replace(settings, out=tmp_path / "two", processes=2), seen.append)
+    assert sum(seen) == 7
+
+
+def test_what_sources_expect_becomes_the_number_in_all(tmp_path, make_picture):
+    listed, totals = list(items("p", make_picture)), []
+    # Two files, the first of which is half of the bytes: 3 entries of it make 6 in all; 4 more are told then.
+    entries = [Expected(3, 0.5), *listed[:3], Expected(4, 0.5), *listed[3:]]
+    run_import(entries, ImportSettings(tmp_path / "out", "s", "test", {}), lambda _: None, totals.append)
+    assert totals == [6, 7]
+
+
+def test_files_tell_what_to_expect_as_their_share_of_the_bytes(tmp_path):
+    for name, lines in (("a", 3), ("b", 6)):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "word"}\n' * lines)
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    options = build_parser().parse_args(["import", "text", *files, "--out", "none"])
+    told = [entry for entry in text.read(options) if isinstance(entry, Expected)]
+    assert [entry.count for entry in told] == [3, 6]
+    assert [round(3 * entry.share) for entry in told] == [1, 2]
 
 
 def test_what_a_trainer_would_refuse_never_reaches_a_shard(make_picture, load):

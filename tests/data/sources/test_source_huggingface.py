@@ -9,6 +9,7 @@ import yaml
 from data_pipelines.cli import main
 from data_pipelines.samples import MediaRef, Region, Text
 from data_pipelines.sources.huggingface import read_dataset, read_mapping
+from data_pipelines.sources.item import Expected
 from tests.data.sources.conftest import picture_bytes, read_back
 
 PICTURE = picture_bytes()
@@ -128,6 +129,8 @@ def test_the_command_reads_a_mapping(tmp_path, parquet):
     out = tmp_path / "out"
     assert main(["import", "huggingface", str(tmp_path / "m.yaml"), "--limit", "3", "--out", str(out)]) == 0
     assert list(read_back(out).records) == ["00000000", "00000001", "00000002"]
+    assert next(read_dataset({"load": loading, "text": "text"}, None)) == Expected(5)
+    assert next(read_dataset({"load": loading, "text": "text"}, None, limit=3)) == Expected(3)
 
 
 @pytest.mark.parametrize(
