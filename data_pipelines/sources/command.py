@@ -42,7 +42,8 @@ from data_pipelines.sources import (
     webdataset_tars,
 )
 from data_pipelines.sources.cleaning import RuleCount, read_rules
-from data_pipelines.sources.importer import LEDGER_NAME, ImportReport, ImportSettings, run_import
+from data_pipelines.sources.importer import LEDGER_NAME, ImportReport, run_import
+from data_pipelines.sources.shard_groups import ImportSettings
 
 SOURCES: dict[str, ModuleType] = {
     "coco": coco,

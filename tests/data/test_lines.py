@@ -20,8 +20,9 @@ from data_pipelines.loader import PackLoader
 from data_pipelines.samples import Media, Region, Text
 from data_pipelines.shards.lines import scan_lines
 from data_pipelines.shards.storage import LocalFile, expand_shards
-from data_pipelines.sources.importer import ImportSettings, run_import
+from data_pipelines.sources.importer import run_import
 from data_pipelines.sources.records import read_records
+from data_pipelines.sources.shard_groups import ImportSettings
 
 
 def picture(path, width=60, height=40, seed=0, **options):

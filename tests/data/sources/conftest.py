@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.decode.record import parse_record
-from data_pipelines.sources.importer import ImportSettings, run_import
+from data_pipelines.sources.importer import run_import
+from data_pipelines.sources.shard_groups import ImportSettings
 
 
 @dataclass

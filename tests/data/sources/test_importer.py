@@ -10,8 +10,9 @@ from data_pipelines.cli import build_parser, main
 from data_pipelines.errors import RecordError
 from data_pipelines.sources import text
 from data_pipelines.sources.clean_media import Similarity
-from data_pipelines.sources.importer import ImportSettings, run_import
+from data_pipelines.sources.importer import run_import
 from data_pipelines.sources.item import Annotations, Expected, Item, Labelled, MediaSource, problem
+from data_pipelines.sources.shard_groups import ImportSettings
 from tests.data.sources.conftest import read_back
 
 
