@@ -22,18 +22,20 @@ from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.pack.read import PackReader
-from data_pipelines.pack.workers import MakeReader, NameSample, WorkerPool, packs_ahead, slot_bytes
+from data_pipelines.pack.workers import MakeReader, NameSample, NameShards, WorkerPool, packs_ahead, slot_bytes
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
 from data_pipelines.plan.mixture import mixture_phases, shares_at
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.samples import PackedBatch
+from data_pipelines.shards.names import public_name
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
 STATE_VERSION = 1
 SOURCE = "source "
 _ORDER = "order of the sources"
+_SHOWN_SHARDS = 4
 
 
 def open_sources(
@@ -173,11 +175,18 @@ class PackLoader:
             lambda watch: PackReader(self._sources, self._config, self._tokenizer, watch).__getitem__,
             lambda pack, number: (self.dataset_names[pack.items[number].source], reader.key(pack.items[number])),
             self._pin_memory,
+            name_shards=self._shards_of,
         )
         while self._pool is pool:
             while pool.has_room:
                 pool.submit(next(packs))
             yield pool.next()
+
+    def _shards_of(self, pack: Pack) -> str:
+        """The shards of a pack's samples, as an error names them; no file is touched."""
+        paths = dict.fromkeys(public_name(self._sources[item.source].shards[item.shard]) for item in pack.items)
+        more = f" and {len(paths) - _SHOWN_SHARDS} more" if len(paths) > _SHOWN_SHARDS else ""
+        return ", ".join(list(paths)[:_SHOWN_SHARDS]) + more
 
     def _new_planner(self) -> Planner:
         return new_planner(self._config, self._sources, self._seed, self._cost)
@@ -200,13 +209,19 @@ def check_step(config: DataConfig, packs_per_step: int, world: int) -> None:
 
 
 def open_pool(
-    config: DataConfig, make_reader: MakeReader, name_sample: NameSample, pin_memory: bool, room: int = 0
+    config: DataConfig,
+    make_reader: MakeReader,
+    name_sample: NameSample,
+    pin_memory: bool,
+    room: int = 0,
+    name_shards: NameShards = lambda pack: f"pack {pack.number}",
 ) -> WorkerPool:
     """The workers of `config.loader`; a slot has `room` bytes beside the largest pack's."""
     settings, size = config.loader, slot_bytes(config.plan.max_tokens, config.plan.max_patches)
     ahead = packs_ahead(settings.num_workers, settings.prefetch_factor, settings.prefetch_mb, size)
+    timeout_s = settings.sample_timeout_s
     return WorkerPool(
-        make_reader, name_sample, settings.num_workers, ahead, size + room, settings.sample_timeout_s, pin_memory
+        make_reader, name_sample, settings.num_workers, ahead, size + room, timeout_s, pin_memory, name_shards
     )
 
 

@@ -10,6 +10,8 @@ or stuck worker ends the whole loader, and a worker that hangs in C blocks the p
 
 A worker that dies is replaced and its pack made again; the sample it was at is kept once (a kill from outside is no
 fault of the data) and left out the second time. A sample over its deadline is left out at once. Both are events.
+A worker that stalls before its first sample (fetching blocks, opening what a dead mount holds) blames no sample: it is
+replaced once, then the run ends with the names of the pack's shards.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.errors import ShardError
 from data_pipelines.plan.planner import Pack
 from data_pipelines.samples import LedgerEvent, PackedBatch
 
@@ -41,11 +44,16 @@ MakeBatch = Callable[[Any], PackedBatch]
 MakeReader = Callable[[Callable[[int], None]], MakeBatch]
 
 NameSample = Callable[[Any, int], tuple[str, str]]
+NameShards = Callable[[Any], str]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ALIGNMENT = 64
 _POLL_S = 1.0
 _MAX_DEATHS_OUTSIDE_SAMPLES = 3
+_MAX_STALLS = 1
+_STALL_DEADLINES = 4  # a whole pack's blocks are fetched before its first sample
+_KILL_S = 10.0  # a killed process that hangs in the kernel stays until its device answers: it is left to that
+_IDLE, _PREPARING = -1, -2  # items that are no sample: nothing to do, or before the first sample
 
 
 @dataclass(slots=True)
@@ -69,10 +77,12 @@ class WorkerPool:
     """`num_workers` processes that read packs. `make_reader(watch)` is called once in each; it returns pack → batch.
 
     At most `ahead` packs are under way or wait to be taken. `slot_bytes` bounds the tensors of one pack.
-    `name_sample(pack, i)` gives (dataset, key) of a sample for the ledger.
+    `name_sample(pack, i)` gives (dataset, key) of a sample for the ledger, `name_shards(pack)` where its samples lie,
+    for an error.
 
     Raises (from `next`):
         RuntimeError: a worker's program fails (not a sample), with its traceback.
+        ShardError: workers stall before a pack's first sample (reason "stalled_shard").
     """
 
     def __init__(
@@ -84,12 +94,14 @@ class WorkerPool:
         slot_bytes: int,
         sample_timeout_s: float,
         pin_memory: bool = False,
+        name_shards: NameShards = lambda pack: f"pack {pack.number}",
     ) -> None:
-        self._make_reader, self._name_sample = make_reader, name_sample
+        self._make_reader, self._name_sample, self._name_shards = make_reader, name_sample, name_shards
         self._sample_timeout_s, self._pin_memory = sample_timeout_s, pin_memory
         self._slots = [mmap.mmap(-1, slot_bytes) for _ in range(ahead)]
         self._free = list(range(len(self._slots)))
-        # What each worker is at: pack number, item (-1: none), and when it began, in ns of the monotonic clock.
+        # What each worker is at: pack number (-1: none yet), item (or `_IDLE`, `_PREPARING`), and when it began, in ns
+        # of the monotonic clock.
         self._at = np.frombuffer(mmap.mmap(-1, num_workers * 24), np.int64).reshape(num_workers, 3)
         self._tickets: deque[_Ticket] = deque()
         self._deaths: Counter[tuple[int, int]] = Counter()
@@ -129,7 +141,7 @@ class WorkerPool:
             worker.process.join(2)
             if worker.process.is_alive():
                 worker.process.kill()
-                worker.process.join()
+                worker.process.join(_KILL_S)
             worker.pipe.close()
         self._workers.clear()
         self._tickets.clear()
@@ -139,7 +151,7 @@ class WorkerPool:
     def _start(self, number: int, waiting: Sequence[_Ticket] = ()) -> _Worker:
         context = get_context("fork")
         ours, theirs = context.Pipe()
-        self._at[number] = (-1, -1, time.monotonic_ns())
+        self._at[number] = (-1, _PREPARING, time.monotonic_ns())
         process = context.Process(
             target=_serve,
             args=(number, theirs, ours, self._make_reader, self._slots, self._at, os.getpid()),
@@ -168,28 +180,35 @@ class WorkerPool:
                 try:
                     reply = worker.pipe.recv()
                 except (EOFError, OSError):
-                    self._replace(number, late=False)
+                    self._replace(number)
                     continue
                 worker.waiting.popleft().reply = reply
-            elif self._is_late(number):
-                self._replace(number, late=True)
+            elif (late := self._late_at(number)) is not None:
+                self._replace(number, late)
 
-    def _is_late(self, number: int) -> bool:
-        _, item, since = (int(value) for value in self._at[number])
-        return item >= 0 and time.monotonic_ns() - since > self._sample_timeout_s * 1e9
+    def _late_at(self, number: int) -> tuple[int, int] | None:
+        """The (pack, item) at which worker `number` is over its deadline; None: it is in time."""
+        at = pack_number, item, since = [int(value) for value in self._at[number]]
+        deadlines = {_IDLE: float("inf"), _PREPARING: _STALL_DEADLINES * self._sample_timeout_s}
+        late = time.monotonic_ns() - since > deadlines.get(item, self._sample_timeout_s) * 1e9
+        # Read again: the worker writes its place while we read it.
+        return (pack_number, item) if late and [int(value) for value in self._at[number]] == at else None
 
-    def _replace(self, number: int, late: bool) -> None:
-        """Start worker `number` anew with the packs it had; the sample it was at is noted, or left out."""
+    def _replace(self, number: int, late: tuple[int, int] | None = None) -> None:
+        """Start worker `number` anew with the packs it had; the sample it was at is noted, or left out where `late`.
+
+        `late` is the place that was judged: by the time the worker is dead it may have gone on to an innocent sample.
+        """
         worker = self._workers[number]
         worker.process.kill()
-        worker.process.join()
+        worker.process.join(_KILL_S)
         worker.pipe.close()
         code = worker.process.exitcode
-        pack_number, item, _ = (int(value) for value in self._at[number])
+        pack_number, item = late or (int(value) for value in self._at[number][:2])
         if worker.waiting:
             ticket = worker.waiting[0]
-            at = item if pack_number == ticket.pack.number else -1
-            ticket.pack = self._note_death(ticket.pack, at, late, code)
+            at = item if pack_number == ticket.pack.number or item == _PREPARING else _IDLE
+            ticket.pack = self._note_death(ticket.pack, at, late is not None, code)
         self._workers[number] = self._start(number)
         for ticket in list(worker.waiting):
             self._send(ticket)
@@ -198,6 +217,8 @@ class WorkerPool:
         """The pack to be made again: with an event, and without the sample if it is at fault."""
         self._deaths[pack.number, item] += 1
         deaths = self._deaths[pack.number, item]
+        if late and item < 0:
+            return self._note_stall(pack, deaths)
         if late:
             message = f"took longer than sample_timeout_s={self._sample_timeout_s:g}"
             return replace(pack, skipped=(*pack.skipped, (item, "deadline", message)))
@@ -213,6 +234,18 @@ class WorkerPool:
         event = LedgerEvent(
             dataset, key, "worker_replaced", f"its worker died (exit {code}) and the pack was made again"
         )
+        return replace(pack, events=(*pack.events, event))
+
+    def _note_stall(self, pack: Pack, stalls: int) -> Pack:
+        """The pack to be made again after a worker that reached no sample of it in time."""
+        waited = f"within {_STALL_DEADLINES} x sample_timeout_s={self._sample_timeout_s:g}"
+        if stalls > _MAX_STALLS:
+            message = (
+                f"no worker could begin pack {pack.number} {waited}, in {stalls} tries: does their storage answer?"
+            )
+            raise ShardError(self._name_shards(pack), "stalled_shard", message)
+        message = f"its worker reached no sample {waited}, and the pack was made again"
+        event = LedgerEvent("", f"pack {pack.number}", "worker_replaced", message)
         return replace(pack, events=(*pack.events, event))
 
 
@@ -234,6 +267,7 @@ def _serve(
         at[number] = (current, item, time.monotonic_ns())
 
     read = make_reader(watch)
+    watch(_IDLE)
     while True:
         while not pipe.poll(_POLL_S):
             if os.getppid() != parent:
@@ -244,12 +278,13 @@ def _serve(
             return
         pack: Pack = pickle.loads(slots[slot][:size])
         current = pack.number
+        watch(_PREPARING)
         reply: tuple[str, Any]
         try:
             reply = ("batch", _pack(read(pack), slots[slot]))
         except Exception:
             reply = ("error", traceback.format_exc()[-8000:])
-        watch(-1)
+        watch(_IDLE)
         pipe.send(reply)
 
 

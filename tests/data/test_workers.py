@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data_pipelines.errors import ShardError
 from data_pipelines.pack.collate import collate
 from data_pipelines.pack.workers import WorkerPool, packs_ahead, slot_bytes
 from data_pipelines.plan.packer import Item
@@ -23,13 +24,14 @@ def pack(number, rows=(0, 1, 2), events=()):
 
 
 class Reader:
-    """Makes batches of three documents; `acts` maps (pack, item) to what happens there."""
+    """Makes batches of three documents; `acts` maps (pack, item) to what happens there, item -1 before the first."""
 
     def __init__(self, watch, acts):
         self.watch, self.acts = watch, acts
 
     def __call__(self, pack):
         documents, events = [], []
+        self.acts.get((pack.number, -1), lambda: None)()
         skipped = {place: (reason, message) for place, reason, message in pack.skipped}
         for place, item in enumerate(pack.items):
             if place in skipped:
@@ -128,6 +130,49 @@ def test_a_stopped_worker_does_not_stop_the_run(make_pool, tmp_path):
     stop = once(tmp_path / "stopped", lambda: os.kill(os.getpid(), signal.SIGSTOP))
     batches = run(make_pool({(1, 2): stop}, timeout_s=0.5), 6)
     assert events(batches) == [(1, "k2", "deadline")]
+
+
+def test_the_sample_that_was_late_is_left_out_though_its_worker_went_on(make_pool, monkeypatch):
+    pool = make_pool({(0, 0): lambda: time.sleep(600)}, workers=1, timeout_s=0.5)
+    judge = pool._late_at
+
+    def judge_then_go_on(number):
+        at = judge(number)
+        if at is not None:
+            pool._at[number] = (at[0], at[1] + 1, time.monotonic_ns())
+        return at
+
+    monkeypatch.setattr(pool, "_late_at", judge_then_go_on)
+    assert events(run(pool, 1)) == [(0, "k0", "deadline")]
+
+
+def test_a_worker_that_stalls_before_its_first_sample_blames_none(make_pool, tmp_path):
+    stall = once(tmp_path / "stalled", lambda: time.sleep(600))
+    batches = run(make_pool({(1, -1): stall}, timeout_s=0.5), 4)
+    assert [batch.keys for batch in batches] == [("k0", "k1", "k2")] * 4
+    assert events(batches) == [(1, "pack 1", "worker_replaced")]
+
+
+@pytest.mark.parametrize("where", ["reader", "pack"])
+def test_storage_that_never_answers_ends_the_run_with_the_shards_name(where):
+    def make_reader(watch):
+        if where == "reader":
+            time.sleep(600)
+        return Reader(watch, {(0, -1): lambda: time.sleep(600)})
+
+    pool = WorkerPool(
+        make_reader,
+        lambda pack, place: ("d", "k"),
+        1,
+        1,
+        slot_bytes(64, 16),
+        0.5,
+        name_shards=lambda pack: "/mnt/a.tar",
+    )
+    pool.submit(pack(0))
+    with pytest.raises(ShardError, match=r"/mnt/a.tar: no worker could begin pack 0 .* in 2 tries"):
+        pool.next()
+    pool.close()
 
 
 def test_a_failing_program_ends_the_run_with_its_traceback(make_pool):
