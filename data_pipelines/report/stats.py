@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,7 +22,7 @@ from data_pipelines.loader import open_sources
 from data_pipelines.plan.planner import Pack
 from data_pipelines.report.data_run import DataRun, add_data_options, data_run_of
 from data_pipelines.report.indexing import index_progress
-from data_pipelines.report.survey import MediaSizes, Survey, fills, plan_packs, survey_sources
+from data_pipelines.report.survey import Survey, fills, plan_packs, survey_sources
 from data_pipelines.tokenizer import TextTokenizer
 
 PLANNED_PACKS = 1000
@@ -48,9 +49,8 @@ def run(options: argparse.Namespace) -> int:
     sources = open_run(settings, options.processes)
     survey = survey_sources(sources, settings.data)
     console = Console(highlight=False)
-    console.print(_lengths_table(survey))
-    if any(len(sizes.images) + len(sizes.clip_seconds) for sizes in survey.media.values()):
-        console.print(_media_table(survey))
+    for table in (*_lengths_tables(survey), *_media_tables(survey)):
+        console.print(table)
     packs = plan_packs(sources, settings, survey.num_tokens, PLANNED_PACKS)
     if packs:
         console.print(describe_fill(packs, settings))
@@ -83,53 +83,56 @@ def describe_fill(packs: Sequence[Pack], settings: DataRun) -> str:
     )
 
 
-def _lengths_table(survey: Survey) -> Table:
-    table = Table(title="Samples and tokens", title_justify="left")
-    table.add_column("data set")
-    table.add_column("task")
-    for heading in ("samples", "share", "tokens", "share", "5%", "median", "95%", "longest"):
-        table.add_column(heading, justify="right")
+def _lengths_tables(survey: Survey) -> list[Table]:
+    """Shares and lengths, two tables: together they would not fit the 80 columns of a terminal."""
+    shares = _table("Samples and tokens", ("data set", "task", "samples", "share", "tokens", "share"), left=2)
+    lengths = _table("Tokens of a sample", ("data set", "task", "5%", "median", "95%", "longest"), left=2)
     samples, tokens = max(1, survey.num_samples), max(1, survey.num_tokens)
     before = ""
     for group in survey.groups:
         total, count = int(group.tokens.sum()), len(group.tokens)
-        spread = (
-            [f"{value:,.0f}" for value in np.percentile(group.tokens, (5, 50, 95, 100))] if count else [NOTHING] * 4
-        )
-        shares = (f"{count:,}", f"{count / samples:.1%}", f"{total:,}", f"{total / tokens:.1%}")
-        table.add_row("" if group.dataset == before else escape(group.dataset), group.task, *shares, *spread)
+        name = "" if group.dataset == before else escape(group.dataset)
+        shares.add_row(name, group.task, f"{count:,}", f"{count / samples:.1%}", f"{total:,}", f"{total / tokens:.1%}")
+        lengths.add_row(name, group.task, *_spread(group.tokens))
         before = group.dataset
     if len(survey.groups) > 1:
-        table.add_section()
-        lengths = np.concatenate([group.tokens for group in survey.groups])
-        spread = [f"{value:,.0f}" for value in np.percentile(lengths, (5, 50, 95, 100))] if len(lengths) else []
-        table.add_row("all", "", f"{survey.num_samples:,}", "", f"{survey.num_tokens:,}", "", *spread)
-    return table
+        for table in (shares, lengths):
+            table.add_section()
+        shares.add_row("all", "", f"{survey.num_samples:,}", "", f"{survey.num_tokens:,}", "")
+        lengths.add_row("all", "", *_spread(np.concatenate([group.tokens for group in survey.groups])))
+    return [shares, lengths]
 
 
-def _media_table(survey: Survey) -> Table:
-    table = Table(title="Pictures and clips", title_justify="left")
-    table.add_column("data set")
-    for heading in ("pictures", "median", "5% … 95% megapixels", "clips", "median", "5% … 95% seconds", "frames a s"):
-        table.add_column(heading, justify="right")
+def _spread(tokens: npt.NDArray[np.int64]) -> list[str]:
+    return [f"{value:,.0f}" for value in np.percentile(tokens, (5, 50, 95, 100))] if len(tokens) else [NOTHING] * 4
+
+
+def _media_tables(survey: Survey) -> list[Table]:
+    """Pictures and clips, each where there are any."""
+    pictures = _table("Pictures", ("data set", "pictures", "median", "5% … 95% megapixels"))
+    clips = _table("Clips", ("data set", "clips", "median", "5% … 95% seconds", "frames a s"))
     for name, sizes in survey.media.items():
-        if len(sizes.images) + len(sizes.clip_seconds):
-            table.add_row(escape(name), *_media_cells(sizes))
+        if len(sizes.images):
+            pixels = sizes.images.prod(axis=1)
+            middle = sizes.images[np.argsort(pixels, kind="stable")[len(pixels) // 2]]
+            low, high = np.percentile(pixels, (5, 95)) / 1e6
+            pictures.add_row(escape(name), f"{len(pixels):,}", f"{middle[0]} x {middle[1]}", f"{low:.2f} … {high:.2f}")
+        if len(sizes.clip_seconds):
+            low, half, high = np.percentile(sizes.clip_seconds, (5, 50, 95))
+            count, rate = len(sizes.clip_seconds), np.median(sizes.clip_rates)
+            clips.add_row(escape(name), f"{count:,}", f"{half:.1f} s", f"{low:.1f} … {high:.1f}", f"{rate:.0f}")
+    return [table for table in (pictures, clips) if table.row_count]
+
+
+def _table(title: str, headings: Sequence[str], left: int = 1) -> Table:
+    """An empty table whose first `left` columns hold names (folded where long), the others numbers (never cut)."""
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        if i < left:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def _media_cells(sizes: MediaSizes) -> list[str]:
-    cells = [NOTHING] * 7
-    if len(sizes.images):
-        pixels = sizes.images.prod(axis=1)
-        middle = sizes.images[np.argsort(pixels, kind="stable")[len(pixels) // 2]]
-        low, high = np.percentile(pixels, (5, 95)) / 1e6
-        cells[:3] = [f"{len(pixels):,}", f"{middle[0]} x {middle[1]}", f"{low:.2f} … {high:.2f}"]
-    if len(sizes.clip_seconds):
-        low, half, high = np.percentile(sizes.clip_seconds, (5, 50, 95))
-        cells[3:6] = [f"{len(sizes.clip_seconds):,}", f"{half:.1f} s", f"{low:.1f} … {high:.1f}"]
-        cells[6] = f"{np.median(sizes.clip_rates):.0f}"
-    return cells
 
 
 def _problems_table(survey: Survey) -> Table:

@@ -37,6 +37,17 @@ def test_the_tables_count_samples_tokens_and_sizes(tiny, capsys, monkeypatch):
     assert "mean fill 9" in shown
 
 
+def test_nothing_is_cut_at_eighty_columns(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    sets = [f"a_rather_long_name_of_a_data_set={tiny.folder}/pictures-*.tar", f"texts={tiny.folder}/texts-*.tar"]
+    assert main(["stats", *sets, "--tokenizer", f"{tiny.folder}/tokenizer", "--max-tokens", "192"]) == 0
+    shown = capsys.readouterr().out
+    headings = ["samples", "share", "tokens", "5%", "median", "95%", "longest", "pictures", "5% … 95% megapixels"]
+    assert [heading for heading in headings if f" {heading} " not in shown] == []
+    assert max(len(line) for line in shown.splitlines() if "│" in line) <= 80
+    assert "…" not in shown.replace(" … ", "")
+
+
 def test_lengths_are_those_of_the_encoder(tiny):
     config = tiny.config()
     sources = open_sources(config, tiny.tokenizer)
