@@ -111,6 +111,13 @@ def test_texts_clips_and_tags_of_our_own_form(tmp_path, load):
     assert tags.messages[0].parts == (MediaRef("0.jpg", kind="image"), Text("What?"))
 
 
+def test_scattered_members_come_together_without_a_ledger_line(tmp_path, load):
+    members = [("a.jpg", picture_bytes()), ("b.jpg", picture_bytes()), ("a.txt", b"one"), ("b.txt", b"two")]
+    imported = load(read_tar(write_tar(tmp_path / "t.tar", members), "t"))
+    assert [r.messages[1].parts for r in imported.records.values()] == [(Text("one"),), (Text("two"),)]
+    assert imported.reasons() == []
+
+
 def test_a_cut_tar_keeps_what_lies_before_the_cut(tmp_path, load):
     members = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", picture_bytes()), ("txt", b"x"))]
     path = write_tar(tmp_path / "w.tar", members)
