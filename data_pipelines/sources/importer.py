@@ -58,7 +58,8 @@ def run_import(
     costs nothing.
 
     Raises:
-        UserError: the folder holds other shards, or a finished import and `overwrite` is off.
+        UserError: the folder holds other shards, or a finished import and `overwrite` is off, or the source gives no
+            item to replace it with.
     """
     _check_folder(settings)
     events: list[LedgerEvent] = []
@@ -66,6 +67,9 @@ def run_import(
     counts = new_counts(settings.rules)
     items = _only_items(_without_duplicates(entries, settings.rules, counts), events, advance, expect)
     first = list(islice(items, 1))
+    if not first and (settings.out / MANIFEST_NAME).exists():
+        told = f" ({events[0].key}: {events[0].message})" if events else ""
+        raise UserError(f"the source gave nothing to import{told}: the import in {settings.out} stays as it is")
     done = _prepare(settings)
     for result in shard_results(chain(first, items), settings, done, advance):
         results.append(result)

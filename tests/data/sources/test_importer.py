@@ -136,6 +136,10 @@ def test_a_source_that_cannot_be_opened_leaves_the_old_shards(tmp_path, make_pic
     missing = ["--images", str(tmp_path), "--instances", str(tmp_path / "missing.json")]
     assert main(["import", "coco", *missing, "--out", str(tmp_path / "out"), "--overwrite"]) == 2
     assert digest(tmp_path / "out") == before
+    again = ImportSettings(tmp_path / "out", "s", "test", {}, overwrite=True)
+    with pytest.raises(ValueError, match=r"nothing to import \(a: no such file\)"):
+        run_import([problem("a", "missing_media", "no such file")], again, lambda _: None)
+    assert digest(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("change", ["score", "relative"])
