@@ -26,6 +26,7 @@ from data_pipelines.config import LoaderConfig, MediaConfig, PlanConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.report.check_shard import CheckSettings, Finding, ShardPart
 from data_pipelines.report.check_workers import WHOLE, check_parts
+from data_pipelines.report.remote_options import add_remote_options, remote_of
 from data_pipelines.shards.storage import expand_shards, open_shard
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -96,6 +97,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--decode-timeout", type=float, default=MediaConfig.decode_timeout_s, metavar="S",
         help="CPU seconds a clip may take (%(default)g)",
     )  # fmt: skip
+    add_remote_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -109,8 +111,9 @@ def run(options: argparse.Namespace) -> int:
         template=options.template,
         tokenizer=None if options.tokenizer is None else str(options.tokenizer),
         read_frames=not options.open_only,
+        remote=remote_of(options),
     )
-    shards = expand_shards("", options.shards)
+    shards = expand_shards("", options.shards, settings.remote)
     tell: _Tell = _JsonLines() if options.json else _Lines()
     processes = options.processes or len(os.sched_getaffinity(0))
     summary = check_shards(shards, settings, tell, processes, options.sample_timeout)
@@ -126,7 +129,7 @@ def check_shards(
     parts = []
     for shard in shards:
         try:
-            file = open_shard(shard)
+            file = open_shard(shard, settings.remote)
             parts += ShardPart.all_of(shard, file.size)
             summary.num_bytes += file.size
             file.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.config import MediaConfig, PlanConfig, Template
+from data_pipelines.config import MediaConfig, PlanConfig, RemoteConfig, Template
 from data_pipelines.decode.image import decode_image, probe_image
 from data_pipelines.decode.members import media_kind
 from data_pipelines.decode.video import ClipDecoder
@@ -26,7 +26,7 @@ from data_pipelines.index.read import media_refs, read_member, read_record, with
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.samples import Media, MediaRef, Record
 from data_pipelines.shards.names import file_of, is_lines, public_name
-from data_pipelines.shards.storage import ShardFile, open_shard, read_beside
+from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, open_shard, read_beside
 from data_pipelines.shards.tar import TarSample, TarScan
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -63,6 +63,7 @@ class CheckSettings:
     template: Template = "plain"
     tokenizer: str | None = None
     read_frames: bool = True
+    remote: RemoteConfig = REMOTE_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class PartChecker:
         self._scan = TarScan([], [])
         self._opening: list[ShardError] = []
         try:
-            self._file = open_shard(part.shard)
+            self._file = open_shard(part.shard, settings.remote)
             self._scan = scan_shard(self._file)
         except ShardError as error:
             self._opening.append(error)

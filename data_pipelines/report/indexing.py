@@ -20,13 +20,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_pipelines.config import MediaConfig, PlanConfig
+from data_pipelines.config import MediaConfig, PlanConfig, RemoteConfig
 from data_pipelines.index.build import Counting, build_missing, load_index
 from data_pipelines.index.samples import ShardIndex
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.plan.lengths import sample_lengths
-from data_pipelines.shards.storage import expand_shards
+from data_pipelines.report.remote_options import add_remote_options, remote_of
+from data_pipelines.shards.storage import REMOTE_DEFAULTS, expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
 
@@ -65,31 +66,39 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--max-pixels", type=int, default=MediaConfig.max_pixels, help="of a still image (%(default)s)")
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if anything would be left out")
+    add_remote_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Build and report; 1 with `--strict` and problems."""
-    shards = expand_shards("", options.shards)
+    remote = remote_of(options)
+    shards = expand_shards("", options.shards, remote)
     counting = Counting(TextTokenizer(options.tokenizer), options.template) if options.tokenizer else None
     with index_progress() as progress:
-        build_missing(shards, counting, options.processes, progress)
+        build_missing(shards, counting, options.processes, progress, remote)
     media = MediaConfig(max_pixels=options.max_pixels, min_pixels=min(MediaConfig.min_pixels, options.max_pixels))
     plan = PlanConfig(max_tokens=options.max_tokens, max_patches=options.max_patches)
-    survey = survey_shards(shards, counting, media, plan)
+    survey = survey_shards(shards, counting, media, plan, remote)
     if counting is not None:
-        SourceIndex("index", shards, counting).counts()  # puts them on the roll: a run opens them at once
+        SourceIndex("index", shards, counting, remote).counts()  # puts them on the roll: a run opens them at once
     _print(survey, plan)
     return 1 if options.strict and survey.problems.keys() - LOSSLESS else 0
 
 
-def survey_shards(shards: list[str], counting: Counting | None, media: MediaConfig, plan: PlanConfig) -> ShardSurvey:
+def survey_shards(
+    shards: list[str],
+    counting: Counting | None,
+    media: MediaConfig,
+    plan: PlanConfig,
+    remote: RemoteConfig = REMOTE_DEFAULTS,
+) -> ShardSurvey:
     """What the indices of `shards` hold. Token lengths need `counting`; samples over the budgets are problems."""
     survey = ShardSurvey(shards=len(shards))
-    source = SourceIndex("index", shards, counting) if counting is not None else None
+    source = SourceIndex("index", shards, counting, remote) if counting is not None else None
     for number, shard in enumerate(shards):
         table = source.table(number) if source is not None else None
-        index = table.index if table is not None else load_index(shard)
+        index = table.index if table is not None else load_index(shard, remote)
         _count_index(survey, index)
         for problem in table.problems if table is not None else index.problems:
             survey.tell(*problem)

@@ -15,6 +15,7 @@ pytest.importorskip("aiohttp")
 from http_server import serve
 from test_loader import fingerprint
 
+from data_pipelines.cli import main
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.index import places
@@ -303,6 +304,17 @@ def test_an_index_uploaded_with_its_shards_is_used(tiny, server, remote, tmp_pat
     # five shards: four small ranges for the tag of each, and no block of their content
     assert faults.requests["GET", "range"] == 5 * 4
     assert len(list((tmp_path / "index").glob("*.tar.index"))) == 5
+
+
+@pytest.mark.parametrize("command", ["index", "check"])
+def test_the_commands_read_as_their_remote_options_say(tiny, server, tmp_path, command):
+    address, _ = server
+    shutil.copy(tiny.folder / "pictures-00000.tar", tmp_path / "www")
+    words = [command, f"{address}/pictures-*.tar", "--processes", "1"]
+    options = ["--remote-cache-dir", f"{tmp_path}/mine", "--remote-cache-mb", "2", "--remote-block-kb", "4"]
+    assert main([*words, *options]) == 0
+    assert any((tmp_path / "mine").rglob("*"))
+    assert main([*words, "--remote-cache-mb", "1"]) == 2
 
 
 def test_remote_shards_on_the_roll_open_with_two_requests_each(tiny, server, remote, tmp_path):
