@@ -52,8 +52,6 @@ def read_tar(path: Path, prefix: str, min_score: float = 0.0) -> Entries:
         scan = scan_tar(file)
         for damage in scan.problems:
             if damage.reason == "scattered_key":
-                continue  # mended here: the shards that are written hold each sample in one piece
-            if damage.reason == "scattered_key":
                 continue  # nothing is lost: the members stand together in the new shard
             yield problem(f"{path.name}: {damage.key}", damage.reason, damage.message)
         yield Expected(len(scan.samples))
