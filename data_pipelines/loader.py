@@ -22,7 +22,8 @@ from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.pack.read import PackReader
-from data_pipelines.pack.workers import MakeReader, NameSample, NameShards, WorkerPool, packs_ahead, slot_bytes
+from data_pipelines.pack.slots import packs_ahead, slot_bytes
+from data_pipelines.pack.workers import MakeReader, NameSample, NameShards, WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
 from data_pipelines.plan.mixture import mixture_phases, shares_at

@@ -28,8 +28,9 @@ from data_pipelines.loader import (
     source_facts,
 )
 from data_pipelines.pack.read import PackReader
+from data_pipelines.pack.slots import slot_bytes
 from data_pipelines.pack.stream_process import StreamProcess
-from data_pipelines.pack.workers import WorkerPool, slot_bytes
+from data_pipelines.pack.workers import WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.mixture import shares_at
 from data_pipelines.plan.progress import Ended, Progress, Tally

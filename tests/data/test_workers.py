@@ -11,7 +11,8 @@ import torch
 
 from data_pipelines.errors import ShardError
 from data_pipelines.pack.collate import collate
-from data_pipelines.pack.workers import WorkerPool, packs_ahead, slot_bytes
+from data_pipelines.pack.slots import packs_ahead, slot_bytes
+from data_pipelines.pack.workers import WorkerPool
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack
 from data_pipelines.samples import Encoded, LedgerEvent
