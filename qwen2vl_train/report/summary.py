@@ -44,6 +44,8 @@ def print_summary(summary_path: Path) -> None:
     console.print()
     for table in tables:
         console.print(table)
+    if stale := summary.get("stale"):
+        _print_line(console, f"stale    {', '.join(stale)}: begun with weights that were trained anew since")
     minutes = summary.get("minutes")
     if minutes is not None:
         _print_line(console, f"minutes  {minutes:.1f}")

@@ -580,13 +580,14 @@ def test_summary_on_a_narrow_terminal_is_two_tables_without_folded_words(tmp_pat
     assert lines[-1] == [str(folder / "summary.json")]
 
 
-def test_summary_of_a_run_without_scores_still_prints(tmp_path, capsys):
+def test_summary_of_a_run_without_scores_still_prints_and_names_what_is_stale(tmp_path, capsys):
     stage = {"trained": ["vit"], "tokens": 10, "loss_first": 2.0, "loss_last": float("nan"), "held_out": {}}
-    write_json(tmp_path / "summary.json", {"stages": {"[red]odd[/red]": stage}})
+    write_json(tmp_path / "summary.json", {"stages": {"[red]odd[/red]": stage}, "stale": ["instruct"]})
     print_summary(tmp_path / "summary.json")
     out = capsys.readouterr().out
     assert "[red]odd[/red]" in out
     assert "2.000 → –" in out
+    assert "stale    instruct: begun with weights that were trained anew since" in out
     assert out.splitlines()[-1] == str(tmp_path / "summary.json")
 
 
