@@ -64,6 +64,7 @@ class _Tell(Protocol):
         ...
 
     def summary(self, summary: CheckSummary) -> None:
+        """Print the table of findings by reason and what a run would lose."""
         """Print what was found, by reason."""
         """The counts, once."""
         ...
@@ -179,6 +180,7 @@ class _JsonLines:
         print(json.dumps({"type": "finding", **asdict(finding)}), flush=True)
 
     def summary(self, summary: CheckSummary) -> None:
+        """Print the table of findings by reason and what a run would lose."""
         print(json.dumps(summary.as_json()), flush=True)
 
 
@@ -199,6 +201,7 @@ class _Lines:
             self._console.print(f"[{color}]{finding.reason}[/]  {escape(where)}: {escape(finding.message)}")
 
     def summary(self, summary: CheckSummary) -> None:
+        """Print the table of findings by reason and what a run would lose."""
         size = f"{summary.num_bytes / 1e6:,.1f} MB"
         shards, samples = counted(summary.shards, "shard"), counted(summary.samples, "sample")
         table = Table(title=f"{shards}, {samples}, {size}", title_justify="left")

@@ -64,7 +64,7 @@ GOOD = {
 }
 
 
-def outcome(members):
+def assert_record_or_error(members):
     try:
         record = parse_record("shard/7", members)
     except RecordError as caught:
@@ -81,14 +81,14 @@ def outcome(members):
 @settings(max_examples=300, deadline=None)
 def test_any_json_is_a_record_or_an_error(value):
     data = json.dumps(value).encode()
-    outcome({"json": data, "0.jpg": None})
-    outcome({"json": data})
+    assert_record_or_error({"json": data, "0.jpg": None})
+    assert_record_or_error({"json": data})
 
 
 @given(st.binary(max_size=200), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_are_a_record_or_an_error(data, as_text):
-    outcome({"txt" if as_text else "json": data, "jpg": None})
+    assert_record_or_error({"txt" if as_text else "json": data, "jpg": None})
 
 
 def places(value, path=()):
@@ -107,7 +107,7 @@ def test_a_good_record_with_one_value_replaced_is_a_record_or_an_error(path, val
     for step in path[:-1]:
         inner = inner[step]
     inner[path[-1]] = value
-    outcome({"json": json.dumps(record).encode(), "0.jpg": None, "1.mp4": None})
+    assert_record_or_error({"json": json.dumps(record).encode(), "0.jpg": None, "1.mp4": None})
 
 
 @given(st.integers(0, 400), st.integers(0, 255))
@@ -115,4 +115,4 @@ def test_a_good_record_with_one_value_replaced_is_a_record_or_an_error(path, val
 def test_a_good_record_with_one_byte_replaced_is_a_record_or_an_error(place, byte):
     data = bytearray(json.dumps(GOOD).encode())
     data[place % len(data)] = byte
-    outcome({"json": bytes(data), "0.jpg": None, "1.mp4": None})
+    assert_record_or_error({"json": bytes(data), "0.jpg": None, "1.mp4": None})

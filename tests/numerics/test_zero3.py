@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.distributed
 
 
-def run_ranks(ranks: int, *arguments: str) -> None:
+def assert_ranks_succeed(ranks: int, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     finished = subprocess.run(
         [*command, "-m", "tests.numerics.zero3_worker", *arguments],
@@ -32,7 +32,7 @@ def run_ranks(ranks: int, *arguments: str) -> None:
 
 
 def test_rotary_angles_are_exact_in_a_bf16_engine():
-    run_ranks(1, "rotary")
+    assert_ranks_succeed(1, "rotary")
 
 
 def test_weights_reach_the_partitions_without_a_copy_of_the_model(tmp_path):
@@ -46,8 +46,8 @@ def test_weights_reach_the_partitions_without_a_copy_of_the_model(tmp_path):
     model = Qwen2VL(config)
     initialise(model, 0)
     save_hf(model_tensors(model), tmp_path, config, torch.float32, max_shard_bytes=20 << 20)
-    run_ranks(2, "weights", str(tmp_path))
+    assert_ranks_succeed(2, "weights", str(tmp_path))
 
 
 def test_compiled_blocks_train_as_plain_ones():
-    run_ranks(2, "compiled")
+    assert_ranks_succeed(2, "compiled")
