@@ -53,26 +53,28 @@ def check_bounds(record: Record, medias: Mapping[str, Media]) -> Record:
     Raises:
         RecordError: reason "bad_box", where a coordinate is more than a pixel outside.
     """
-    if not any(isinstance(part, Region) and part.name in medias for turn in record.messages for part in turn.parts):
+    moved: dict[tuple[int, int], Region] = {}
+    for i, message in enumerate(record.messages):
+        for j, part in enumerate(message.parts):
+            if isinstance(part, Region) and part.name in medias:
+                inside = _bounded(record.key, (i, j), part, medias[part.name])
+                if inside is not part:
+                    moved[i, j] = inside
+    if not moved:
         return record
     messages = tuple(
-        replace(
-            message,
-            parts=tuple(
-                _bounded(record.key, f"messages[{i}].content[{j}]", part, medias[part.name])
-                if isinstance(part, Region) and part.name in medias
-                else part
-                for j, part in enumerate(message.parts)
-            ),
-        )
+        replace(message, parts=tuple(moved.get((i, j), part) for j, part in enumerate(message.parts)))
         for i, message in enumerate(record.messages)
     )
     return replace(record, messages=messages)
 
 
-def _bounded(key: str, field: str, region: Region, media: Media) -> Region:
-    if not region.boxes and not region.quads:
+def _bounded(key: str, place: tuple[int, int], region: Region, media: Media) -> Region:
+    """`region` itself where all of it lies inside; `place` is its message and part, for the error."""
+    shapes = (*region.boxes, *region.quads)
+    if all(max(shape[0::2]) <= media.width and max(shape[1::2]) <= media.height for shape in shapes):
         return region
+    field = f"messages[{place[0]}].content[{place[1]}]"
     boxes = tuple(_inside(key, f"{field}.boxes[{i}]", box, media) for i, box in enumerate(region.boxes))
     quads = tuple(_inside(key, f"{field}.quads[{i}]", quad, media) for i, quad in enumerate(region.quads))
     return replace(region, boxes=cast("tuple[Box, ...]", boxes), quads=cast("tuple[Quad, ...]", quads))

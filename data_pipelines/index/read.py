@@ -71,6 +71,8 @@ def with_media(record: Record, media: Mapping[str, Media]) -> Record:
     Raises:
         RecordError: a box outside its picture.
     """
+    if record.media == media:  # checked against these already, when it was parsed
+        return record
     return check_bounds(replace(record, media=dict(media)), media)
 
 
