@@ -3,9 +3,10 @@
     python -m benchmarks.loader [--pictures 256] [--rounds 5]
 
 One thread, CPU time, medians of interleaved rounds, since other processes share the machine. webdataset and (where it
-is installed) Megatron-Energon read the same shards; "decoded" does the same parsing, tokenising, decoding and collating
-for all; "raw" only delivers each sample's bytes: records of a chat's length, and pictures (118 KB: mostly the copy out
-of the kernel, alike for all). Lengths of the plan are simulated. The last line is JSON.
+is installed) Megatron-Energon read the same shards. "decoded" does the same parsing, tokenising, decoding and collating
+for all. "raw" only delivers each sample's bytes, of records of a chat's length and of pictures (118 KB): ours copied,
+as the peers' are (of a picture that is most of the time, alike for all), and "mapped", as views of the shards. Lengths
+of the plan are simulated. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanCon
 from data_pipelines.decode.image import probe_image
 from data_pipelines.decode.record import parse_record
 from data_pipelines.encode.sample import SampleEncoder
-from data_pipelines.index.read import read_member
-from data_pipelines.index.source import SourceIndex
-from data_pipelines.loader import PackLoader, open_sources
+from data_pipelines.index.build import build_missing
+from data_pipelines.index.raw import raw_samples
+from data_pipelines.loader import PackLoader
 from data_pipelines.pack.collate import collate
 from data_pipelines.plan.balance import PackCost
-from data_pipelines.shards.storage import open_shard
 from data_pipelines.shards.writer import ShardWriter
 from data_pipelines.sources.bpe import train_bpe
 from data_pipelines.tokenizer import TextTokenizer
@@ -50,9 +50,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        rates, pack_bytes = end_to_end(Path(name), args.pictures, args.rounds)
+        rates, pack_bytes, images = end_to_end(Path(name), args.pictures, args.rounds)
     for way, rate in rates.items():
-        print(f"{way:22} {rate:10.1f} samples/s per core")
+        print(f"{way:24} {rate:10.1f} samples/s per core")
+    print(f"ours decoded: {rates['ours decoded']:.1f} images/s, {rates['ours decoded'] / images:.2f} packs/s per core")
     diets = fills()
     for diet, figures in diets.items():
         print(f"{diet:22} " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
@@ -62,8 +63,8 @@ def main() -> None:
     balance = imbalances(cost) if cost is not None else {}
     print("imbalance of 256 ranks " + "  ".join(f"{key}: {value:.3f}" for key, value in balance.items()))
 
-    def ratio(way: str, peer: str) -> float | None:
-        return round(rates[f"ours {way}"] / rates[f"{peer} {way}"], 2) if f"{peer} {way}" in rates else None
+    def ratio(way: str, peer: str, ours: str = "ours") -> float | None:
+        return round(rates[f"{ours} {way}"] / rates[f"{peer} {way}"], 2) if f"{peer} {way}" in rates else None
 
     summary = {
         "ratio_energon_decoded": ratio("decoded", "energon"),
@@ -71,7 +72,9 @@ def main() -> None:
         "ratio_energon_raw_pictures": ratio("raw pictures", "energon"),
         "ratio_webdataset_decoded": ratio("decoded", "webdataset"),
         "ratio_webdataset_raw": ratio("raw records", "webdataset"),
+        "ratio_webdataset_raw_mapped": ratio("raw records", "webdataset", "ours mapped"),
         "ratio_webdataset_raw_pictures": ratio("raw pictures", "webdataset"),
+        "ratio_webdataset_raw_pictures_mapped": ratio("raw pictures", "webdataset", "ours mapped"),
         "fill_mean": round(diets["short"]["ours"], 4),
         "share_under_98": round(diets["short"]["under_98"], 4),
         "planner_us_per_sample": planner,
@@ -101,8 +104,8 @@ def cost_2b() -> PackCost | None:
     return PackCost.of(flops)
 
 
-def end_to_end(folder: Path, pictures: int, rounds: int) -> tuple[dict[str, float], int]:
-    """Samples per CPU second of each way, and the bytes of a pack of stills."""
+def end_to_end(folder: Path, pictures: int, rounds: int) -> tuple[dict[str, float], int, int]:
+    """Samples per CPU second of each way, and the bytes and pictures of a pack of stills."""
     captions = [f"a picture number {number} of many colours and shapes" for number in range(pictures)]
     write_pictures(folder / "pictures", captions)
     write_records(folder / "records", 16 * pictures)
@@ -112,15 +115,16 @@ def end_to_end(folder: Path, pictures: int, rounds: int) -> tuple[dict[str, floa
     encoder = SampleEncoder(tokenizer, "plain", config.media, MAX_TOKENS)
     ways: dict[str, Callable[[], float]] = {"ours decoded": lambda: rate_of_loader(config, tokenizer, pictures)}
     for kind in ("records", "pictures"):
-        for name, read in raw_readers(folder / kind, tokenizer).items():
+        for name, read in raw_readers(folder / kind).items():
             ways[f"{name} raw {kind}"] = lambda read=read: rate_of(read())
-            if kind == "pictures" and name != "ours":
+            if kind == "pictures" and not name.startswith("ours"):
                 ways[f"{name} decoded"] = lambda read=read: rate_of(decoded(read(), encoder, tokenizer))
     figures: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, measure in ways.items():
             figures[name].append(measure())
-    return {name: statistics.median(values) for name, values in figures.items()}, bytes_of_pack(config, tokenizer)
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    return medians, *size_of_pack(config, tokenizer)
 
 
 def write_pictures(folder: Path, captions: list[str]) -> None:
@@ -151,12 +155,14 @@ def data_config(folder: Path) -> DataConfig:
     )
 
 
-def raw_readers(folder: Path, tokenizer: TextTokenizer) -> dict[str, Callable[[], Iterator[Sample]]]:
+def raw_readers(folder: Path) -> dict[str, Callable[[], Iterator[Any]]]:
     """Each way's reader of the same shards."""
-    source = open_sources(data_config(folder), tokenizer)[0]
-    readers: dict[str, Callable[[], Iterator[Sample]]] = {
-        "ours": lambda: read_indexed(source),
-        "webdataset": lambda: read_webdataset(list(source.shards)),
+    shards = sorted(map(str, folder.glob("b-*.tar")))
+    build_missing(shards, None)
+    readers: dict[str, Callable[[], Iterator[Any]]] = {
+        "ours": lambda: read_copied(shards),
+        "ours mapped": lambda: read_mapped(shards),
+        "webdataset": lambda: read_webdataset(shards),
     }
     if (energon := prepare_energon(folder)) is not None:
         readers["energon"] = energon
@@ -178,23 +184,26 @@ def rate_of_loader(config: DataConfig, tokenizer: TextTokenizer, pictures: int) 
     return count / (time.process_time() - start)
 
 
-def bytes_of_pack(config: DataConfig, tokenizer: TextTokenizer) -> int:
+def size_of_pack(config: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int]:
+    """Bytes and pictures of the first pack."""
     batch = next(iter(PackLoader(config, tokenizer, 1, 0, 1, seed=0)))[0]
-    return sum(value.nbytes for value in vars_of(batch) if isinstance(value, torch.Tensor))
+    return sum(value.nbytes for value in vars_of(batch) if isinstance(value, torch.Tensor)), len(batch.keys)
 
 
 def vars_of(batch: Any) -> list[Any]:
     return [getattr(batch, name) for name in batch.__slots__]
 
 
-def read_indexed(source: SourceIndex) -> Iterator[Sample]:
-    """Every sample's members through the index, one `pread` each."""
-    for number, shard in enumerate(source.shards):
-        index, file = source.table(number).index, open_shard(shard)
-        for row in range(index.num_samples):
-            key = index.key(row)
-            yield {name: read_member(key, name, member, file) for name, member in index.members(row).items()}
-        file.close()
+def read_copied(shards: list[str]) -> Iterator[Sample]:
+    """Every sample's members through the index, as `bytes`: what the peers give."""
+    for _, members in raw_samples(shards):
+        yield {name: bytes(member) for name, member in members.items()}
+
+
+def read_mapped(shards: list[str]) -> Iterator[dict[str, memoryview]]:
+    """The same as views of the mapped shards."""
+    for _, members in raw_samples(shards):
+        yield members
 
 
 def read_webdataset(shards: list[str]) -> Iterator[Sample]:
