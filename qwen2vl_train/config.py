@@ -248,7 +248,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    """A rank that makes no progress for `stall_s` seconds is named and the run ends; 0 switches the watchdog off.
+    """A rank that makes no progress for `stall_s` seconds is named and the run ends; 0: no rank counts as stalled.
 
     What lies outside the steps may take `save_s` seconds a piece: loading the model, writing a checkpoint or the
     export, one held-out set. Both lie below `engine.timeout_s`, after which the process group ends the run without

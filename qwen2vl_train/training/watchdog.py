@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -76,17 +77,18 @@ class Beat:
 class Watchdog:
     """Entered around a whole run; `note` at each change of activity.
 
-    Where another rank fails, it also ends this one, which may wait for that rank in a collective (NCCL's never end).
+    Where another rank fails, it also ends this one, which may wait for that rank in a collective (NCCL's never end);
+    that it does with `stall_s` 0, too, where no rank ever counts as stalled.
     """
 
     def __init__(self, config: WatchdogConfig, world: World, folder: Path | None) -> None:
         """Keep reports and stacks in `folder`; with None they go to stderr alone."""
-        self._config = config
         self._world = world
         self._folder = folder
         self._beat = Beat(world.rank, socket.gethostname(), os.getpid())
-        self._since, self._limit_s = time.monotonic(), config.stall_s
-        self._tick_s = min(5.0, max(0.2, config.stall_s / 10))
+        self._stall_s = config.stall_s or math.inf
+        self._since, self._limit_s = time.monotonic(), self._stall_s
+        self._tick_s = min(5.0, max(0.2, self._stall_s / 10))
         self._stacks: IO[str] = sys.stderr
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
@@ -96,11 +98,10 @@ class Watchdog:
         self._notes: Store | None = None  # a connection that the thread's waiting for answers never blocks
 
     def __enter__(self) -> Self:
-        if self._config.stall_s > 0:
-            self._notes = self._world.connect_store("watchdog")
-            self.note("starting")
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        self._notes = self._world.connect_store("watchdog")
+        self.note("starting")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -119,7 +120,8 @@ class Watchdog:
         next note: whoever has made it waits under its limit.
         """
         # the clock first: the thread, which reads the beat first, never sees the new note as old as the one before
-        self._since, self._limit_s = time.monotonic(), limit_s or self._config.stall_s
+        self._since = time.monotonic()
+        self._limit_s = limit_s if limit_s and math.isfinite(self._stall_s) else self._stall_s
         self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=tuple(keys))
         if self._notes is not None:
             try:
@@ -141,7 +143,8 @@ class Watchdog:
                 if first is not None and not self._ended.wait(_FAILURE_GRACE_S):
                     self._end_after(first, failures)
                 # Fires from C if this thread cannot run for so long because other code holds the interpreter.
-                faulthandler.dump_traceback_later(max(self._config.stall_s, 4 * self._tick_s), file=self._stacks)
+                if math.isfinite(self._stall_s):
+                    faulthandler.dump_traceback_later(max(self._stall_s, 4 * self._tick_s), file=self._stacks)
                 beat = self._ask(lambda: self._tick(store))
                 if beat.still_s > self._limit_s:
                     self._end_run(store, beat.notes)
@@ -173,7 +176,7 @@ class Watchdog:
         while not self._ended.wait(self._tick_s):
             if time.monotonic() - self._since > self._limit_s:
                 beat = replace(self._beat, still_s=time.monotonic() - self._since, stack=self._stack())
-                text = describe_stall({self._world.rank: beat}, set(), self._config.stall_s)
+                text = describe_stall({self._world.rank: beat}, set(), self._stall_s)
                 self._end_process(
                     f"{text}\nThe store at {os.environ['MASTER_ADDR']} does not answer: look there first."
                 )
@@ -207,7 +210,7 @@ class Watchdog:
         silent |= set(range(self._world.size)) - set(beats)
         speaker = min((rank for rank in beats if rank not in silent), default=self._world.rank)
         if speaker == self._world.rank:
-            text = describe_stall(beats, silent, self._config.stall_s)
+            text = describe_stall(beats, silent, self._stall_s)
             if self._folder is not None:
                 with suppress(OSError), (self._folder / "stall.txt").open("a") as file:
                     file.write(f"{text}\n")

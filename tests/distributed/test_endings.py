@@ -41,8 +41,9 @@ def test_the_cause_of_the_rank_that_hosts_the_store_reaches_the_others(tmp_path,
     assert told.rstrip().endswith("error (rank 0): RuntimeError: the weights are of another model")
 
 
-def test_a_rank_that_fails_outside_the_loop_ends_those_that_wait_for_it(tmp_path):
-    first, second = start_ranks(tmp_path, 2, fails=1)
+@pytest.mark.parametrize("stall_s", [60, 0], ids=["watched", "with the watchdog's stalls switched off"])
+def test_a_rank_that_fails_outside_the_loop_ends_those_that_wait_for_it(tmp_path, stall_s):
+    first, second = start_ranks(tmp_path, 2, fails=1, stall_s=stall_s)
     second.communicate(timeout=120)
     ended = time.monotonic()
     told = first.communicate(timeout=60)[1]
