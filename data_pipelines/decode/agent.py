@@ -6,7 +6,8 @@ with `*RETURN*: reply` or another call. The tools are listed in the system turn.
 
 Calls are read as turns of their own (ShareGPT's `function_call`, JSON {"name", "arguments"}) and as OpenAI writes them,
 in the `tool_calls` of an assistant's message, arguments as a string of JSON. Several calls of one message stand in
-their order, and so do their results, whatever the order of the "tool" messages; words beside calls stand before them.
+their order, and so do their results, whatever the order of the "tool" messages; words beside calls, or in an assistant's
+turn right before one, stand before them.
 """
 
 from __future__ import annotations
@@ -106,6 +107,9 @@ def merge_tool_turns(key: str, turns: Sequence[dict[str, Any]]) -> list[dict[str
             parts = _call(key, field, content, learnt)
             if follows:
                 merged[-1]["content"] += parts
+            elif merged and merged[-1]["role"] == "assistant":  # its words announce the call
+                words = [*_parts(merged[-1]["content"], True), _text("\n", learnt)]
+                merged[-1] |= {"content": words + parts, "open": True}
             else:
                 merged.append({"role": "assistant", "content": parts, "open": True})
         elif role == "observation":

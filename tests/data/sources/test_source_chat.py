@@ -166,6 +166,24 @@ def test_arguments_written_as_a_string_of_json_are_read_first(chats):
     assert record.messages[1].parts[0] == Text('*FUNCTION*: f *ARGS*: {"x": 1}\n')
 
 
+def test_an_answer_right_before_a_call_says_why_it_calls(chats):
+    """ShareGPT has no field for words beside a call; OpenAI's two forms of the same are read alike."""
+    turns = [("human", "?"), ("gpt", "I look."), ("function_call", '{"name": "f", "arguments": {}}')]
+    turns += [("observation", "ok"), ("gpt", "Done")]
+    said = chats({"conversations": [{"from": f, "value": v} for f, v in turns]}).only().messages[1].parts
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call("f", "{}", "c")]},
+        result("c", "ok"),
+        {"role": "assistant", "content": "Done"},
+    ]
+    beside = chats({"messages": messages}).only().messages[1].parts
+    for parts in (said, beside):
+        words = "".join(part.text for part in parts)
+        assert words == "I look.\n*FUNCTION*: f *ARGS*: {}\n*RESULT*: ok\n*RETURN*: Done"
+        assert "".join(part.text for part in parts if not part.supervised) == "*RESULT*: ok\n"
+
+
 def test_an_answer_of_no_weight_is_not_learnt_whatever_its_form(chats):
     turns = [
         {"role": "user", "content": "?"},
