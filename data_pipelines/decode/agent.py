@@ -6,8 +6,8 @@ with `*RETURN*: reply` or another call. The tools are listed in the system turn.
 
 Calls are read as turns of their own (ShareGPT's `function_call`, JSON {"name", "arguments"}) and as OpenAI writes them,
 in the `tool_calls` of an assistant's message, arguments as a string of JSON. Several calls of one message stand in
-their order, and so do their results, whatever the order of the "tool" messages; words beside calls, or in an assistant's
-turn right before one, stand before them.
+their order, and so do their results, whatever the order of the "tool" messages; words beside calls, or in the turn
+right before one, stand before them.
 """
 
 from __future__ import annotations
