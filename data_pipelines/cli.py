@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipelines.errors import UserError
 from data_pipelines.report import check, indexing, inspection, show, stats
 from data_pipelines.sources import command as import_command
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"qwen2vl-data {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipelines.errors import UserError
+
 Template = Literal["plain", "chatml"]
 Positions = Literal["mrope", "1d"]
 
@@ -52,9 +54,9 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.epochs is not None and (self.weight != 1.0 or self.schedule):
-            raise ValueError(f"epochs={self.epochs} decides the share: leave out weight and schedule")
+            raise UserError(f"epochs={self.epochs} decides the share: leave out weight and schedule")
         if any(a[0] >= b[0] for a, b in zip(self.schedule, self.schedule[1:], strict=False)):
-            raise ValueError(f"schedule={self.schedule}: token counts must rise")
+            raise UserError(f"schedule={self.schedule}: token counts must rise")
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ class PlanConfig:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_patches", "pool_size", "block_size", "window_shards"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.size_temperature is not None and not self.size_temperature > 0:
-            raise ValueError(f"size_temperature={self.size_temperature}: must be above 0, or null")
+            raise UserError(f"size_temperature={self.size_temperature}: must be above 0, or null")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         if not self.clip_cache_gb > 0:
-            raise ValueError(f"clip_cache_gb={self.clip_cache_gb}: must be above 0; clip_cache=null keeps no clips")
+            raise UserError(f"clip_cache_gb={self.clip_cache_gb}: must be above 0; clip_cache=null keeps no clips")
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,12 @@ class RemoteConfig:
 
     def __post_init__(self) -> None:
         if self.block_kb < 4 or self.max_requests < 1 or self.retries < 0 or self.timeout_s <= 0 or self.backoff_s < 0:
-            raise ValueError(
+            raise UserError(
                 f"block_kb={self.block_kb} (at least 4), max_requests={self.max_requests} (1), retries={self.retries} "
                 f"(0), timeout_s={self.timeout_s} (above 0), backoff_s={self.backoff_s} (0): out of range"
             )
         if self.cache_mb * 1024 < 128 * self.block_kb:
-            raise ValueError(
+            raise UserError(
                 f"cache_mb={self.cache_mb} holds fewer than 128 blocks of block_kb={self.block_kb}: "
                 f"set cache_mb to {-(-128 * self.block_kb // 1024)} or more, or lower block_kb"
             )

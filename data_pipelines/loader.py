@@ -140,7 +140,7 @@ class PackLoader:
         `accept_changes` allows other weights, sources and shards than the state's; what restarts is returned, in words.
 
         Raises:
-            ValueError: the state belongs to other data, budgets or seed; the message names what differs.
+            UserError: the state belongs to other data, budgets or seed; the message names what differs.
         """
         mine, theirs = self._identity(), state["identity"]
         changed = check_identity(state, mine, accept_changes)
@@ -252,7 +252,7 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], accept_cha
     """What differs between `mine` and the identity in `state`.
 
     Raises:
-        ValueError: it is not allowed to; with names, values and the remedy.
+        UserError: it is not allowed to; with names, values and the remedy.
     """
     if state.get("version") != STATE_VERSION:
         raise UserError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")

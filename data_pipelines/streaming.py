@@ -124,7 +124,7 @@ class StreamLoader:
         """Continue after the step at which `state` was taken; call it before iterating. As `PackLoader`'s.
 
         Raises:
-            ValueError: the state belongs to other data, budgets or seed; the message names what differs.
+            UserError: the state belongs to other data, budgets or seed; the message names what differs.
         """
         mine, theirs = self._identity(), state["identity"]
         notes = []

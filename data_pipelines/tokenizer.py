@@ -90,7 +90,7 @@ class TextTokenizer:
     It pickles as its path, so a spawned worker loads the folder again; a forked one shares the parent's memory.
 
     Raises:
-        ValueError: no tokenizer.json in `path`, a special token missing from it (named), or a special token that its
+        UserError: no tokenizer.json in `path`, a special token missing from it (named), or a special token that its
             text would produce (a folder whose tokens are not flagged special).
     """
 
@@ -124,7 +124,7 @@ class TextTokenizer:
         """Ids of plain `text`; the same ids as transformers gives for text without special-token strings.
 
         Raises:
-            ValueError: `text` holds a lone surrogate (U+D800..U+DFFF, half a character), which has no encoding.
+            UserError: `text` holds a lone surrogate (U+D800..U+DFFF, half a character), which has no encoding.
         """
         return list(self._encode_short(text) if len(text) <= SHORT_CHARACTERS else self._encode(text))
 

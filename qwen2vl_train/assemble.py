@@ -29,7 +29,7 @@ def assemble(
     """Write the assembled model to `out` and say what became of every tensor.
 
     Raises:
-        ValueError: `out` is not empty; a tensor that no rule covers; sizes that do not fit; missing special tokens.
+        UserError: `out` is not empty; a tensor that no rule covers; sizes that do not fit; missing special tokens.
         FileNotFoundError: a part is not there.
     """
     if out.exists() and any(out.iterdir()):

@@ -34,7 +34,7 @@ def open_clip_cache(settings: LoaderConfig) -> ClipCache | None:
     """The cache that the loader's settings ask for, None for none.
 
     Raises:
-        ValueError: its folder can be neither made nor written to.
+        UserError: its folder can be neither made nor written to.
     """
     if settings.clip_cache is None:
         return None

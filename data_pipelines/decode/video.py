@@ -31,7 +31,7 @@ from torch import Tensor
 
 from data_pipelines.decode.clip_cache import ClipCache
 from data_pipelines.decode.clip_facts import ClipError, is_clip, open_clip, sample_frame_times
-from data_pipelines.errors import MediaError
+from data_pipelines.errors import MediaError, UserError
 from data_pipelines.samples import Media, MediaPlan
 
 __all__ = ["ClipDecoder", "probe_video", "read_clip", "sample_frame_times"]
@@ -89,7 +89,7 @@ class ClipDecoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         if backend not in BACKENDS:
-            raise ValueError(f"video_backend {backend!r}: must be one of {', '.join(BACKENDS)}")
+            raise UserError(f"video_backend {backend!r}: must be one of {', '.join(BACKENDS)}")
         self.backend = backend
         self.timeout_s = timeout_s
         self.max_reads = max_reads

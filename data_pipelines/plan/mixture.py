@@ -34,7 +34,7 @@ def mixture_phases(
     """The weights of all sources over training. `sizes` gives the sources' sample counts, called only if they matter.
 
     Raises:
-        ValueError: some sources state epochs and others weights, or no source has a weight in some phase.
+        UserError: some sources state epochs and others weights, or no source has a weight in some phase.
     """
     counted = [source.epochs is not None for source in sources]
     if any(counted) and not all(counted):

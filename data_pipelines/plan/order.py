@@ -62,7 +62,7 @@ class SourceOrder:
         """The next block. Empty shards give none.
 
         Raises:
-            ValueError: two epochs passed without a sample: the source is empty.
+            UserError: two epochs passed without a sample: the source is empty.
         """
         epoch, window, block = self.place
         last_epoch = epoch + 1

@@ -81,7 +81,7 @@ def data_run_of(options: argparse.Namespace) -> DataRun:
     `tokenizer` is "" where none is given and none lies near the shards.
 
     Raises:
-        ValueError: neither or both of shards and --config, or settings that cannot be.
+        UserError: neither or both of shards and --config, or settings that cannot be.
     """
     if bool(options.shards) == bool(options.config):
         raise UserError("give shards to look at, or --config FILE with their settings (one of the two)")
@@ -110,7 +110,7 @@ def read_data_run(path: Path, stage: str | None = None, **changes: int | None) -
     `changes` (seed, packs_per_step, world) replace what the file says; None keeps it.
 
     Raises:
-        ValueError: no such file, no such stage, or values that cannot be; the message says which.
+        UserError: no such file, no such stage, or values that cannot be; the message says which.
     """
     path = path / "config.json" if path.is_dir() else path
     try:

@@ -23,6 +23,6 @@ def remote_of(options: argparse.Namespace) -> RemoteConfig:
     """The settings that the options name.
 
     Raises:
-        ValueError: a value out of range, with the range.
+        UserError: a value out of range, with the range.
     """
     return RemoteConfig(**{field.name: getattr(options, f"remote_{field.name}") for field in fields(RemoteConfig)})

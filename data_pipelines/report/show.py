@@ -132,7 +132,7 @@ def check_reader(settings: DataRun) -> None:
     """Refuse data that is read once: its packs followed from what came when, and cannot be planned again.
 
     Raises:
-        ValueError: with what there is instead.
+        UserError: with what there is instead.
     """
     if settings.data.reader != "index":
         raise UserError(
@@ -145,7 +145,7 @@ def check_rank(settings: DataRun, wanted: Wanted) -> None:
     """Refuse a rank the run does not have, or one without a step.
 
     Raises:
-        ValueError: naming the ranks there are.
+        UserError: naming the ranks there are.
     """
     if wanted.rank is None:
         return
@@ -159,7 +159,7 @@ def check_course(config: Path, stage: str | None, step: int | None) -> None:
     """Refuse a step whose packs follow no longer from its number: the run went back after a loss spike.
 
     Raises:
-        ValueError: naming the spike; the packs' numbers stand in the stage's files.
+        UserError: naming the spike; the packs' numbers stand in the stage's files.
     """
     folder = config if config.is_dir() else config.parent
     if stage is None:  # the only one there is
@@ -180,7 +180,7 @@ def load_plan(planner: Planner, settings: DataRun, wanted: Wanted, path: Path) -
     """Begin at the plan's state in a checkpoint's `state.json`, if it lies before the packs asked for.
 
     Raises:
-        ValueError: no loader state in the file, one of other data, budgets or seed, or packs planned before it.
+        UserError: no loader state in the file, one of other data, budgets or seed, or packs planned before it.
     """
     try:
         stored: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import UserError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.whole import write_whole
 
@@ -50,14 +51,14 @@ def clear_site(folder: Path) -> None:
     """Make room for a page: an earlier page in `folder` is removed, anything else there is left alone.
 
     Raises:
-        ValueError: the folder holds files that are not a page's.
+        UserError: the folder holds files that are not a page's.
     """
     index = folder / "index.html"
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder with --out")
+        raise UserError(f"{folder} is a file; give a folder with --out")
     if folder.is_dir() and any(folder.iterdir()):
         if not index.is_file() or MARK not in index.read_text(encoding="utf-8", errors="replace")[:600]:
-            raise ValueError(f"{folder} holds other files than an inspection page; give a new folder with --out")
+            raise UserError(f"{folder} holds other files than an inspection page; give a new folder with --out")
         index.unlink()
         for name in ("data", "media"):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_pipelines.errors import UserError
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.loader import open_sources
 from data_pipelines.plan.planner import Pack
@@ -63,10 +64,10 @@ def open_run(settings: DataRun, processes: int | None) -> list[SourceIndex]:
     """The sources of a run's mixture, indices built with a progress bar.
 
     Raises:
-        ValueError: no tokenizer is known, or a pattern names no shard.
+        UserError: no tokenizer is known, or a pattern names no shard.
     """
     if not settings.tokenizer:
-        raise ValueError("token counts need a tokenizer: give the folder of one with --tokenizer")
+        raise UserError("token counts need a tokenizer: give the folder of one with --tokenizer")
     with index_progress() as progress:
         return open_sources(settings.data, TextTokenizer(settings.tokenizer), processes, progress)
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import webdataset
 
-from data_pipelines.errors import RecordError, ShardError
+from data_pipelines.errors import RecordError, ShardError, UserError
 from data_pipelines.whole import write_whole
 
 MANIFEST_NAME = "manifest.json"
@@ -58,7 +58,7 @@ class ShardWriter:
         manifest: str | None = MANIFEST_NAME,
     ) -> None:
         if not name or "/" in name or "%" in name:
-            raise ValueError(f"shard name {name!r}: give a plain file-name prefix without '/' and '%'")
+            raise UserError(f"shard name {name!r}: give a plain file-name prefix without '/' and '%'")
         self.folder = folder
         self.shards: list[ShardFacts] = []
         self._manifest = manifest

@@ -79,7 +79,7 @@ def train_bpe(texts: Iterable[str], out: Path, vocab_size: int = 2048) -> None:
     The same texts give the same files.
 
     Raises:
-        ValueError: `vocab_size` does not hold the 256 bytes and the special tokens: some text could not be encoded.
+        UserError: `vocab_size` does not hold the 256 bytes and the special tokens: some text could not be encoded.
     """
     smallest = ALPHABET_SIZE + len(SPECIAL_TOKENS)
     if vocab_size < smallest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources.item import Box, Grounded, Labelled
 from data_pipelines.sources.sample import Sample
 
@@ -64,7 +65,7 @@ class NestedBoxes:
 
     def __post_init__(self) -> None:
         if not 0 < self.inside <= 1:
-            raise ValueError(f"nested_boxes.inside = {self.inside}: needs a share in (0, 1]")
+            raise UserError(f"nested_boxes.inside = {self.inside}: needs a share in (0, 1]")
 
     def apply(self, sample: Sample) -> Sample | None:
         """The sample without nested boxes."""

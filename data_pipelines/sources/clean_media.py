@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources.sample import Sample
 
 
@@ -15,7 +16,7 @@ class AspectRatio:
 
     def __post_init__(self) -> None:
         if self.max < 1:
-            raise ValueError(f"aspect_ratio.max = {self.max}: needs at least 1")
+            raise UserError(f"aspect_ratio.max = {self.max}: needs at least 1")
 
     def apply(self, sample: Sample) -> Sample | None:
         """None where a picture is too long."""

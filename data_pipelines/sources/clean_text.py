@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources.sample import Sample
 
 _TAG = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-zA-Z][^<>]*>", re.DOTALL | re.IGNORECASE)
@@ -64,7 +65,7 @@ class Languages:
     def __post_init__(self) -> None:
         for name in self.allowed:
             if name not in _SCRIPTS:
-                raise ValueError(f"languages.allowed = {name!r}: known are {', '.join(_SCRIPTS)}")
+                raise UserError(f"languages.allowed = {name!r}: known are {', '.join(_SCRIPTS)}")
 
     def apply(self, sample: Sample) -> Sample | None:
         """The sample without captions in other scripts."""
@@ -104,7 +105,7 @@ class TextLength:
 
     def __post_init__(self) -> None:
         if self.min_chars > self.max_chars:
-            raise ValueError(f"text_length: min_chars {self.min_chars} is more than max_chars {self.max_chars}")
+            raise UserError(f"text_length: min_chars {self.min_chars} is more than max_chars {self.max_chars}")
 
     def apply(self, sample: Sample) -> Sample | None:
         """The sample without captions too short or too long."""
@@ -144,7 +145,7 @@ class OddPatterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"odd_patterns.extra = {pattern!r}: no regular expression ({error})") from error
+                raise UserError(f"odd_patterns.extra = {pattern!r}: no regular expression ({error})") from error
 
     def apply(self, sample: Sample) -> Sample | None:
         """The sample with such captions rewritten."""

@@ -22,6 +22,7 @@ from typing import Any, Protocol, get_type_hints
 
 import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources.clean_boxes import MinBoxSide, NestedBoxes
 from data_pipelines.sources.clean_media import AspectRatio, PictureSize, Similarity
 from data_pipelines.sources.clean_text import (
@@ -93,15 +94,15 @@ def read_rules(path: Path) -> Rules:
     """The rules of a YAML file as (name, rule) pairs.
 
     Raises:
-        ValueError: not YAML, an unknown rule or setting, a wrong type or value; each names what is known.
+        UserError: not YAML, an unknown rule or setting, a wrong type or value; each names what is known.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     listed = content.get("rules") if isinstance(content, dict) else None
     if not isinstance(listed, list):
-        raise ValueError(f"{path}: needs `rules:`, a list of {{rule: name, setting: value}}")
+        raise UserError(f"{path}: needs `rules:`, a list of {{rule: name, setting: value}}")
     return tuple(make_rule(f"{path}: rules[{i}]", entry) for i, entry in enumerate(listed))
 
 
@@ -111,7 +112,7 @@ def make_rule(where: str, entry: object) -> tuple[str, Any]:
         entry = {"rule": entry}
     if not isinstance(entry, dict) or entry.get("rule") not in RULES:
         named = entry.get("rule") if isinstance(entry, dict) else entry
-        raise ValueError(f"{where}: unknown rule {named!r}; known: {', '.join(RULES)}")
+        raise UserError(f"{where}: unknown rule {named!r}; known: {', '.join(RULES)}")
     name = entry["rule"]
     kind = RULES[name]
     types = get_type_hints(kind)
@@ -120,7 +121,7 @@ def make_rule(where: str, entry: object) -> tuple[str, Any]:
         if setting == "rule":
             continue
         if setting not in types:
-            raise ValueError(f"{where}: {name} has no setting {setting!r}; it has {', '.join(types) or 'none'}")
+            raise UserError(f"{where}: {name} has no setting {setting!r}; it has {', '.join(types) or 'none'}")
         settings[setting] = _typed(f"{where}: {name}.{setting}", value, types[setting])
     return name, kind(**settings)
 
@@ -132,7 +133,7 @@ def _typed(where: str, value: object, kind: Any) -> Any:
         return tuple(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{where} = {value!r}: needs {getattr(kind, '__name__', kind)}")
+    raise UserError(f"{where} = {value!r}: needs {getattr(kind, '__name__', kind)}")
 
 
 def new_counts(rules: Rules) -> list[RuleCount]:

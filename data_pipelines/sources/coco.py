@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipelines.decode.fields import coordinates, mapping, sequence, text
 from data_pipelines.decode.written_record import declared_size
-from data_pipelines.errors import DataError, RecordError
+from data_pipelines.errors import DataError, RecordError, UserError
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.compose import unique_objects
 from data_pipelines.sources.item import Annotations, Entries, Expected, Item, Labelled, MediaSource, problem
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace) -> Entries:
     """The items that the options name."""
     if options.instances is None and options.captions is None:
-        raise ValueError("coco: give --instances, --captions, or both")
+        raise UserError("coco: give --instances, --captions, or both")
     yield from read_coco(options.images, options.instances, options.captions, referring=not options.no_referring)
 
 

@@ -95,7 +95,7 @@ def build_demo(
     build removes. Demo data with other settings is replaced.
 
     Raises:
-        ValueError: a count below 1, a vocabulary that is too small, or `out` holds something other than demo data
+        UserError: a count below 1, a vocabulary that is too small, or `out` holds something other than demo data
             (which would be lost).
     """
     settings = DemoSettings(
@@ -126,7 +126,7 @@ def _is_complete(out: Path, settings: DemoSettings) -> bool:
     """Whether `out` holds demo data of these settings; False where it may be made or replaced.
 
     Raises:
-        ValueError: `out` is not empty and was not made here.
+        UserError: `out` is not empty and was not made here.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False

@@ -25,7 +25,7 @@ from PIL import Image
 
 from data_pipelines.config import MediaConfig
 from data_pipelines.decode.image import FORMATS, probe_image
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, UserError
 from data_pipelines.sources.item import Entry, Item, problem
 from data_pipelines.sources.pictures import read_media
 
@@ -59,7 +59,7 @@ class NearDuplicates:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_distance <= 16:
-            raise ValueError(f"near_duplicates.max_distance = {self.max_distance}: needs 0..16")
+            raise UserError(f"near_duplicates.max_distance = {self.max_distance}: needs 0..16")
 
 
 def drop_duplicates(

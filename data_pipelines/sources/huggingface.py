@@ -32,7 +32,7 @@ from data_pipelines.decode.chat_forms import named_parts, read_turns, trim
 from data_pipelines.decode.fields import coordinates, fail, number, sequence, text
 from data_pipelines.decode.grid_tags import split_grid_tags
 from data_pipelines.decode.tags import place_media
-from data_pipelines.errors import DataError, MediaError
+from data_pipelines.errors import DataError, MediaError, UserError
 from data_pipelines.samples import MediaKind
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.compose import text_part, unique_objects
@@ -73,19 +73,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping of a YAML file.
 
     Raises:
-        ValueError: not YAML, unknown fields, nothing to load, or a wish to run the dataset's code.
+        UserError: not YAML, unknown fields, nothing to load, or a wish to run the dataset's code.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("load"), dict):
-        raise ValueError(f"{path}: needs `load:` with the arguments of datasets.load_dataset, and a mapping of columns")
+        raise UserError(f"{path}: needs `load:` with the arguments of datasets.load_dataset, and a mapping of columns")
     for name in content:
         if name not in _FIELDS:
-            raise ValueError(f"{path}: unknown field {name!r}; known: {', '.join(_FIELDS)}")
+            raise UserError(f"{path}: unknown field {name!r}; known: {', '.join(_FIELDS)}")
     if content["load"].get("trust_remote_code"):
-        raise ValueError(f"{path}: trust_remote_code would run the dataset's own code; use its parquet files instead")
+        raise UserError(f"{path}: trust_remote_code would run the dataset's own code; use its parquet files instead")
     return content
 
 
@@ -135,7 +135,7 @@ def _load(mapping: dict[str, Any]) -> tuple[Any, Iterator[dict[str, Any]], int |
 
     dataset = datasets.load_dataset(**mapping["load"])
     if hasattr(dataset, "keys"):
-        raise ValueError(f"load: name a split ({', '.join(dataset.keys())})")
+        raise UserError(f"load: name a split ({', '.join(dataset.keys())})")
     for entry in mapping.get("media") or []:
         feature = (dataset.features or {}).get(entry["column"])
         nested = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
@@ -283,7 +283,7 @@ def _box(key: str, i: int, value: object, form: str) -> Box:
     if form == "cxcywh":
         return (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
     if form != "xyxy":
-        raise ValueError(f"boxes.format = {form!r}: needs xyxy, xywh or cxcywh")
+        raise UserError(f"boxes.format = {form!r}: needs xyxy, xywh or cxcywh")
     return (a, b, c, d)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from data_pipelines.decode.fields import coordinates, fail, mapping, sequence, text
 from data_pipelines.decode.written_record import declared_size
-from data_pipelines.errors import DataError, RecordError
+from data_pipelines.errors import DataError, RecordError, UserError
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.media_files import resolve_media
 from data_pipelines.sources.item import Annotations, Box, Entries, Expected, Item, Labelled, MediaSource, problem
@@ -62,7 +62,7 @@ def read_refcoco(refs: Path, instances: Path | None, images: Path, split: str = 
     if isinstance(content, dict):
         expressions = _of_mdetr(refs.name, content)
     elif instances is None:
-        raise ValueError("refcoco: refs in the authors' form need --instances")
+        raise UserError("refcoco: refs in the authors' form need --instances")
     else:
         expressions = _of_authors(refs.name, content, instances, split)
     pictures: dict[str, list[_Expression]] = defaultdict(list)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipelines.decode.fields import text
+from data_pipelines.errors import UserError
 from data_pipelines.sources.compose import text_part
 from data_pipelines.sources.inputs import add_files, each_file, each_object
 from data_pipelines.sources.item import Annotations, Entries, Expected, Item, problem
@@ -41,7 +42,7 @@ def read_text(
 ) -> Entries:
     """The documents of one file, keyed PREFIX/000000-00 by document and piece."""
     if max_chars < 1:
-        raise ValueError(f"max_chars = {max_chars}: needs at least 1")
+        raise UserError(f"max_chars = {max_chars}: needs at least 1")
     if path.suffix.lower() not in (".txt", ".md", ".text"):
         yield from each_object(
             path, prefix, "line", lambda key, data: _pieces(key, text(key, field, data.get(field)), max_chars)

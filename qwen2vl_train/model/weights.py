@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data_pipelines.errors import UserError
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.parts import part_of
 from qwen2vl_train.model.qwen2vl import Qwen2VL
@@ -111,7 +112,7 @@ class HuggingFaceFolder:
         part = self._slice(name)
         shape = part.get_shape()
         if not shape or 0 in shape:
-            raise ValueError(f"{self.folder}: tensor {name} has shape {shape}")
+            raise UserError(f"{self.folder}: tensor {name} has shape {shape}")
         row = math.prod(shape[1:])
         first, last = start // row, -(-stop // row)
         tensor: Tensor = part[first:last].reshape(-1)
@@ -227,7 +228,7 @@ def _locate(folder: Path) -> dict[str, Path]:
         files = {name: folder / Path(file).name for name, file in weight_map.items()}
         absent = sorted({path.name for path in files.values() if not path.is_file()})
         if absent:
-            raise ValueError(f"{index}: shards missing: {', '.join(absent)}")
+            raise UserError(f"{index}: shards missing: {', '.join(absent)}")
         return files
     single = folder / SINGLE_NAME
     if not single.is_file():
@@ -241,7 +242,7 @@ def _open(path: Path) -> Any:
         return safe_open(str(path), framework="pt")
     except SafetensorError as error:
         size = path.stat().st_size
-        raise ValueError(f"{path} ({size:,} bytes) is no whole safetensors file: {error}; copy it again") from error
+        raise UserError(f"{path} ({size:,} bytes) is no whole safetensors file: {error}; copy it again") from error
 
 
 def _check_names(config: ModelConfig, parameters: dict[str, nn.Parameter], source: TensorSource) -> None:
@@ -254,7 +255,7 @@ def _check_names(config: ModelConfig, parameters: dict[str, nn.Parameter], sourc
             problems.append(f"{name} has shape {list(found)}, the model wants {list(wanted)}")
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"weights do not fit the model: {shown}")
+        raise UserError(f"weights do not fit the model: {shown}")
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
