@@ -5,6 +5,7 @@ Enters: URLs and `RemoteConfig`. Leaves: file systems, listings, whole bodies; e
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -23,7 +24,9 @@ from data_pipelines.shards.names import public_name
 
 T = TypeVar("T")
 WEB = ("http", "https")
+_LOG = logging.getLogger(__name__)
 _MAX_PAUSE_S = 30.0
+_QUIET_S = 5.0  # hiccups that pass sooner are nobody's concern
 _QUERY = re.compile(r"\?[^\s'\"]*")  # of a URL: signatures and tokens stay out of messages
 _PASSING = (408, 425, 429)  # and all from 500 on
 _LASTING = (
@@ -76,25 +79,49 @@ def _filesystem(scheme: str, timeout_s: float, process: int) -> Any:
     return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
 
 
-def attempt(request: Callable[[], T], config: RemoteConfig, give_up: Callable[[str], ShardError]) -> T:
-    """The result of `request`, repeated while what goes wrong may pass; `give_up(explanation)` is raised in the end."""
-    failures = 0
+def attempt(request: Callable[[], T], config: RemoteConfig, name: str, give_up: Callable[[str], ShardError]) -> T:
+    """The result of `request` to `name`, repeated while what goes wrong may pass.
+
+    Raises:
+        ShardError: `give_up(explanation)`, in the end.
+    """
+    trouble = _Trouble(name, config)
     while True:
         try:
             return request()
         except ShardError:
             raise
         except Exception as error:  # plugins raise what they like
-            failures += 1
-            if failures > config.retries or not _is_passing(error):
-                tries = f" ({failures} attempts)" if failures > 1 else ""
+            if not trouble.may_pass(error):
+                tries = f" ({trouble.failures} attempts)" if trouble.failures > 1 else ""
                 raise give_up(_explain(error) + tries) from error
-        time.sleep(_pause_s(failures, config))
 
 
-def _pause_s(failures: int, config: RemoteConfig) -> float:
-    """Seconds before the next attempt: doubled each time, and spread so that processes do not come back together."""
-    return float(min(_MAX_PAUSE_S, config.backoff_s * 2 ** (failures - 1)) * random.SystemRandom().uniform(0.5, 1.5))
+class _Trouble:
+    """What went wrong in a row with one request: whether to go on after a pause, which is told once it takes long."""
+
+    def __init__(self, name: str, config: RemoteConfig) -> None:
+        self.failures = 0
+        self._name, self._config = name, config
+        self._start = time.monotonic()
+
+    def may_pass(self, error: Exception) -> bool:
+        """Pause before the next attempt, twice as long each time; False where there is none."""
+        self.failures += 1
+        if self.failures > self._config.retries or not _is_passing(error):
+            return False
+        # spread so that processes do not come back together
+        pause_s = self._config.backoff_s * 2 ** (self.failures - 1) * random.SystemRandom().uniform(0.5, 1.5)
+        pause_s = min(_MAX_PAUSE_S, pause_s)
+        if time.monotonic() - self._start + pause_s > _QUIET_S:
+            left = self._config.retries + 1 - self.failures
+            _LOG.warning("%s: %s; again in %.0f s (%d attempts left)", self._name, _explain(error), pause_s, left)
+        time.sleep(pause_s)
+        return True
+
+    def over(self) -> None:
+        """A part of the request succeeded."""
+        self.failures, self._start = 0, time.monotonic()
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -142,6 +169,7 @@ def list_urls(pattern: str, config: RemoteConfig) -> list[str]:
     found = attempt(
         lambda: files.glob(path),
         config,
+        public_name(pattern),
         lambda error: ShardError(public_name(pattern), "no_shards", f"cannot be listed: {error}"),
     )
     return [url if "://" in url else str(files.unstrip_protocol(url)) for url in found]
@@ -153,19 +181,18 @@ def stream_whole(url: str, config: RemoteConfig, offset: int = 0) -> Iterator[by
     Raises:
         ShardError: no progress in all attempts.
     """
-    name = public_name(url)
-    position, failures = offset, 0
+    name, position = public_name(url), offset
+    trouble = _Trouble(name, config)
     while True:
         try:
             for chunk in _chunks(url, config, position):
-                position, failures = position + len(chunk), 0
+                position += len(chunk)
+                trouble.over()
                 yield chunk
             return
         except Exception as error:
-            failures += 1
-            if failures > config.retries or not _is_passing(error):
+            if not trouble.may_pass(error):
                 raise ShardError(name, "read_failed", f"at byte {position}: {_explain(error)}") from error
-            time.sleep(_pause_s(failures, config))
 
 
 def _chunks(url: str, config: RemoteConfig, skip: int) -> Iterator[bytes]:

@@ -133,7 +133,10 @@ class RemoteFile:
         url = f"{self._url.rpartition('/')[0]}/{name}"
         try:
             data = attempt(
-                lambda: call(url, self._config, "cat_file"), self._config, lambda error: ShardError(url, "", error)
+                lambda: call(url, self._config, "cat_file"),
+                self._config,
+                public_name(url),
+                lambda e: ShardError(url, "", e),
             )
         except ShardError:
             return None
@@ -221,7 +224,9 @@ class RemoteFile:
         return bytes(data)
 
     def _attempt(self, request: Callable[[], T], what: str, reason: str) -> T:
-        return attempt(request, self._config, lambda error: ShardError(self.name, reason, f"{what}: {error}"))
+        return attempt(
+            request, self._config, self.name, lambda error: ShardError(self.name, reason, f"{what}: {error}")
+        )
 
 
 class _NoRangesError(ShardError):

@@ -22,6 +22,7 @@ from data_pipelines.index import places
 from data_pipelines.loader import PackLoader
 from data_pipelines.report.check_shard import Finding
 from data_pipelines.report.data_run import name_sources
+from data_pipelines.shards import connection
 from data_pipelines.shards.cache import BlockCache
 from data_pipelines.shards.names import public_name
 from data_pipelines.shards.remote import RemoteFile, fetch_all
@@ -189,6 +190,19 @@ def test_a_server_that_stays_busy_is_given_up_with_its_answer(server, remote):
 def test_a_refused_connection_is_named(remote):
     with pytest.raises(ShardError, match=r"cannot be opened: ClientConnectorError.*\(2 attempts\)"):
         RemoteFile("http://127.0.0.1:9/a.tar", replace(remote, retries=1))
+
+
+def test_a_server_that_is_away_for_long_is_named_while_it_is_waited_for(server, remote, monkeypatch, caplog):
+    address, faults = server
+    monkeypatch.setattr(connection, "_QUIET_S", 0.0)
+    file = open_shard(f"{address}/a.tar?signature=secret", remote)
+    faults.busy = 2
+    assert file.read(0, 10) == DATA[:10]
+    first, second = caplog.messages
+    assert "/a.tar: the server answers 503" in first
+    assert first.endswith("(6 attempts left)")
+    assert second.endswith("(5 attempts left)")
+    assert "secret" not in caplog.text
 
 
 def test_an_unknown_scheme_is_an_error(remote):
