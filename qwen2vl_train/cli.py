@@ -105,12 +105,14 @@ def _train(options: argparse.Namespace) -> int:
     from qwen2vl_train.report import print_summary
     from qwen2vl_train.stages import run_chain
     from qwen2vl_train.training.failure import exit_after
-    from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted, StopRequest
+    from qwen2vl_train.training.stopping import EXIT_PREEMPTED, LeaveOnSignal, Preempted, StopRequest
     from qwen2vl_train.training.world import end_world, start_world
 
-    world = start_world(run.engine.timeout_s)  # until the ranks have met, a signal ends them at once
     code = 0
-    with StopRequest(announce=world.is_main) as stop:
+    with StopRequest() as stop:
+        with LeaveOnSignal():
+            world = start_world(run.engine.timeout_s)
+        stop.announce = world.is_main
         try:
             summary = run_chain(run, settings, world, stop)
             if world.is_main:

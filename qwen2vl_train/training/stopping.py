@@ -1,8 +1,8 @@
 """Pre-emption: a signal asks the run to stop; it ends where nothing is lost, with an exit code that says "again".
 
-Enters: SIGTERM, SIGUSR1 or Ctrl-C in any rank, once the ranks have met (before, nothing can be lost). Leaves: a flag
-that the loop's next step spreads to every rank, which then write a checkpoint; outside the loop, the next boundary
-between two pieces of work ends the run. Exit code 75 (EX_TEMPFAIL: start the same command again).
+Enters: SIGTERM, SIGUSR1 or Ctrl-C in any rank. Leaves: a flag that the loop's next step spreads to every rank, which
+then write a checkpoint; outside the loop, the next boundary between two pieces of work ends the run. While the ranks
+still meet nothing can be lost, and the process ends at once. Exit code 75 (EX_TEMPFAIL: start the same command again).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from types import FrameType, TracebackType
@@ -36,11 +37,11 @@ class StopRequest:
     `announce` says at once that the signal was heard: up to the next boundary it can take minutes.
     """
 
-    def __init__(self, announce: bool = False) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._process = os.getpid()
+        self.announce = False
         self.reason = "another rank's signal"
-        self._announce = announce
+        self._process = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -70,10 +71,42 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a forked worker has inherited this; its parent ends it
-        if self._announce and not self.requested:
+        if self.announce and not self.requested:
             with suppress(OSError, RuntimeError):  # RuntimeError: it came amid another write of this thread
                 print(
                     f"\n{signal.Signals(number).name}: the run ends at the next safe place", file=sys.stderr, flush=True
                 )
         self.requested = True
         self.reason = signal.Signals(number).name
+
+
+class LeaveOnSignal:
+    """Entered while the ranks meet: a signal ends this process at once. Main thread only.
+
+    That wait is in C, where Python's own handlers would only run once it is over. Inside `StopRequest`, no signal is
+    lost between the two.
+    """
+
+    def __init__(self) -> None:
+        self._met = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+
+    def __enter__(self) -> Self:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._met.set()
+        self._thread.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # one that came just now goes to the handler beneath
+
+    def _listen(self) -> None:
+        while not self._met.is_set():
+            if came := signal.sigtimedwait(_SIGNALS, 0.1):
+                name = signal.Signals(came.si_signo).name
+                with suppress(OSError):
+                    print(f"\n{name} while the ranks met: nothing is lost", file=sys.stderr, flush=True)
+                os._exit(EXIT_PREEMPTED)

@@ -4,9 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 
 import pytest
 
@@ -49,6 +52,26 @@ def test_a_signal_outside_the_loop_ends_the_run_at_the_next_boundary(folder, whe
     assert ended.returncode == (75 if stopped else 0), ended.stderr
     assert stopped in ended.stderr
     assert begun == work
+
+
+@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_while_the_ranks_meet_ends_at_once_with_75(tmp_path, order):
+    """The second rank never comes; the wait for it is in C and lasts engine.timeout_s."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "qwen2vl_train", "train", "experiment=demo", f"run_dir={tmp_path}"]
+    places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank = subprocess.Popen(words, cwd=ROOT, env=environment(**places), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # rank 0 hosts the store that the others would come to
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            break
+        time.sleep(0.1)
+    rank.send_signal(order)
+    said = rank.communicate(timeout=20)[1]
+    assert rank.returncode == 75
+    assert f"{order.name} while the ranks met: nothing is lost" in said
 
 
 def test_helper_processes_that_the_same_signal_ended_are_no_error_of_their_own():
