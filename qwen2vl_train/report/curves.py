@@ -17,6 +17,7 @@ from qwen2vl_train.report.curve import MAX_POINTS, make_curve
 from qwen2vl_train.report.figures import amount, count, loss, metric_title, percent
 from qwen2vl_train.report.folder import Stage
 from qwen2vl_train.report.markup import Html, element
+from qwen2vl_train.sections import SECTIONS, section_of
 
 Series = dict[str, list[tuple[float, float]]]  # label → (step, value), in order of steps
 
@@ -60,13 +61,22 @@ _CHARTS = (
     _Wanted("held_out/", "Held-out figures", "share right", _share, percent, _tick_percent),
     _Wanted("gradient_norm", "Gradient norm", "L2 before clipping", loss_scale),
     _Wanted("lr/", "Learning rates", "per parameter group", _from_zero),
-    _Wanted("tokens_per_s", "Throughput", "tokens per second, all ranks", _from_zero),
+    _Wanted("skipped_updates", "Skipped updates", "not finite, since the stage's start", _whole, count, count),
+    _Wanted("rollbacks", "Rollbacks", "after loss spikes, since the stage's start", _whole, count, count),
+    _Wanted("tokens_per_s", "Tokens per second", "all ranks", _from_zero),
+    _Wanted("samples_per_s", "Samples per second", "all ranks", _from_zero),
+    _Wanted("mfu", "MFU", "share of the peak, data wait included", _share, percent, _tick_percent),
+    _Wanted("tflops_per_s", "TFLOP/s", "the model's own, all ranks", _from_zero),
     _Wanted("data_wait_share", "Data wait", "share of the step's time", _share, percent, _tick_percent),
-    _Wanted("mixture/", "Mixture", "share of samples, got and wanted", _share, percent, _tick_percent),
+    _Wanted("memory_gb", "Memory", "GB, the rank that takes most", _from_zero),
     _Wanted("fill", "Pack fill", "tokens / capacity", _full, percent, _tick_percent),
+    _Wanted("mixture/", "Mixture", "share of samples, got and wanted", _share, percent, _tick_percent),
     _Wanted("vision_share", "Vision tokens", "share of all tokens", _share, percent, _tick_percent),
-    _Wanted("skipped", "Skipped samples", "count since the stage's start", _whole, count, count),
+    _Wanted("documents/", "Samples trained", "per dataset, since the stage's start", _from_zero, count),
+    _Wanted("skipped", "Skipped samples", "since the stage's start", _whole, count, count),
+    _Wanted("skipped/", "Skipped samples by reason", "since the stage's start", _whole, count, count),
 )
+_UNLESS_NONE = frozenset({"skipped", "skipped_updates", "rollbacks"})  # no chart of nothing but zeros
 _IN_TABLES = frozenset({"stage", "step", "step_s", "tokens", "supervised_tokens"})  # no chart: tables show them
 
 
@@ -115,14 +125,14 @@ class _Colors:
 
 
 def _view(stages: Sequence[tuple[Stage, Series]], colors: _Colors) -> list[Html]:
-    """All charts over `stages` (each with its columns), one after the other on the x axis."""
+    """All charts over `stages` (each with its columns), one after the other on the x axis; in wandb's sections."""
     bands: list[Band] = []
     end = 0.0
     for stage, _ in stages:
         steps = max(1, stage.lines[-1]["step"], *(step for step, _ in stage.evaluations))
         bands.append(Band(stage.name, end, end + steps))
         end += steps
-    charts = []
+    sections: dict[str, list[Html]] = {}
     for wanted in (*_CHARTS, *_unknown([columns for _, columns in stages])):
         curves = []
         for (stage, columns), band in zip(stages, bands, strict=True):
@@ -132,11 +142,16 @@ def _view(stages: Sequence[tuple[Stage, Series]], colors: _Colors) -> list[Html]
                 placed = [(band.start + step, value) for step, value in values]
                 curves.append(make_curve(label, colors(wanted.key, label), placed, most))
         heights = [height for curve in curves for point in curve.points for height in (point.low, point.high)]
-        if not curves or (wanted.key == "skipped" and not any(heights)):
+        if not curves or (wanted.key in _UNLESS_NONE and not any(heights)):
             continue
         chart = Chart(wanted.title, wanted.unit, curves, bands, wanted.scale(heights), wanted.text, wanted.tick)
-        charts.append(chart.draw())
-    return charts
+        sections.setdefault(section_of(wanted.key), []).append(chart.draw())
+    return [
+        part
+        for section in SECTIONS
+        if section in sections
+        for part in (element("h3", section.capitalize()), *sections[section])
+    ]
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> Series:

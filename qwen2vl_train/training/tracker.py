@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from qwen2vl_train.config import MonitorConfig
+from qwen2vl_train.sections import SECTIONS, section_of
 from qwen2vl_train.training.shown import Box, Shown
 
 Mode = Literal["online", "offline", "disabled"]
@@ -27,22 +28,6 @@ _PROBE_S = 3.0
 _INIT_S = 30.0
 _CLOSE_S, _CLOSE_FAILED_S = 60.0, 3.0
 _SERVER = "https://api.wandb.ai"
-# first word of a figure's name -> section of charts
-_SECTIONS = {
-    "loss": "loss",
-    "gradient_norm": "optimisation",
-    "lr": "optimisation",
-    "skipped_updates": "optimisation",
-    "rollbacks": "optimisation",
-    "tokens_per_s": "throughput",
-    "samples_per_s": "throughput",
-    "step_s": "throughput",
-    "data_wait_share": "throughput",
-    "tflops_per_s": "throughput",
-    "mfu": "throughput",
-    "memory_gb": "throughput",
-    "held_out": "evaluation",
-}
 
 
 class Tracker:
@@ -76,7 +61,7 @@ class Tracker:
         self._guarded(lambda: self._run and self._run.log(named | {axis: step}))
 
     def _define_axis(self, stage: str, axis: str) -> None:
-        for section in sorted({*_SECTIONS.values(), "data"}):
+        for section in SECTIONS:
             self._run.define_metric(f"{section}/{stage}.*", step_metric=axis)
 
     def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:
@@ -139,11 +124,6 @@ def _proxy_of(url: str) -> str | None:
         return None
     proxy = getproxies().get(address.scheme)
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
-
-
-def section_of(name: str) -> str:
-    """The section of charts that a figure belongs to."""
-    return _SECTIONS.get(name.split("/")[0], "data")
 
 
 def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mode: Mode) -> Any:

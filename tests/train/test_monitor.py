@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from qwen2vl_train.config import MonitorConfig
+from qwen2vl_train.sections import section_of
 from qwen2vl_train.training import tracker
 from qwen2vl_train.training.monitor import Monitor
-from qwen2vl_train.training.tracker import Tracker, choose_mode, section_of
+from qwen2vl_train.training.tracker import Tracker, choose_mode
 
 
 @pytest.fixture

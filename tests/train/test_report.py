@@ -490,11 +490,11 @@ def test_a_long_run_stays_a_light_page_that_says_it_was_thinned(tmp_path):
 
 def test_a_new_metric_gets_a_chart_of_its_own(tmp_path):
     folder = make_run(tmp_path / "run", done=1)
-    line = {"stage": "vision", "step": 140, "loss": 1.0, "mfu": 0.41, "memory/peak": 3e9, "memory/held": 2e9}
+    line = {"stage": "vision", "step": 140, "loss": 1.0, "new_figure": 0.41, "memory/peak": 3e9, "memory/held": 2e9}
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     labels = {a["aria-label"] for a in read_page(folder).all("svg") if "aria-label" in a}
-    assert {"Mfu, as logged", "Memory, as logged"} <= labels
+    assert {"New figure, as logged", "Memory, as logged"} <= labels
 
 
 def test_scores_over_steps_are_drawn_where_a_stage_was_scored_more_than_once(tmp_path):
