@@ -57,6 +57,8 @@ class SourceConfig:
             raise UserError(f"epochs={self.epochs} decides the share: leave out weight and schedule")
         if any(a[0] >= b[0] for a, b in zip(self.schedule, self.schedule[1:], strict=False)):
             raise UserError(f"schedule={self.schedule}: token counts must rise")
+        if self.schedule and self.schedule[0][0] < 0:
+            raise UserError(f"schedule={self.schedule}: training has no negative token counts; begin at 0 or later")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class LoaderConfig:
     clip_cache_gb: float = 50.0
 
     def __post_init__(self) -> None:
+        for name, least in {"num_workers": 0, "prefetch_factor": 1, "prefetch_mb": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if not self.sample_timeout_s > 0:
+            raise UserError(f"sample_timeout_s={self.sample_timeout_s}: must be above 0")
         if not self.clip_cache_gb > 0:
             raise UserError(f"clip_cache_gb={self.clip_cache_gb}: must be above 0; clip_cache=null keeps no clips")
 

@@ -101,7 +101,7 @@ class PackLoader:
         pin_memory: bool = False,
         cost: PackCost | None = None,
     ) -> None:
-        check_step(config, packs_per_step, world)
+        check_step(config, packs_per_step, rank, world)
         self.dataset_names = tuple(config.sources)
         self._config, self._tokenizer, self._pin_memory = config, tokenizer, pin_memory
         self._packs_per_step, self._rank, self._world, self._seed = packs_per_step, rank, world, seed
@@ -198,8 +198,10 @@ class PackLoader:
         return identity_of(self._config, self._tokenizer, self._seed, self._cost, facts)
 
 
-def check_step(config: DataConfig, packs_per_step: int, world: int) -> None:
-    """Refuse a step that ranks cannot share alike, and a mixture of nothing."""
+def check_step(config: DataConfig, packs_per_step: int, rank: int, world: int) -> None:
+    """Refuse a step that ranks cannot share alike, a rank that takes no part, and a mixture of nothing."""
+    if not 0 <= rank < world:
+        raise UserError(f"rank={rank} of world={world}: ranks count from 0 to world - 1")
     if packs_per_step % world or packs_per_step < 1:
         raise UserError(
             f"packs_per_step={packs_per_step} is not a multiple of the world size {world}: every rank takes the "
@@ -268,7 +270,10 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], accept_cha
     if not changed or (accept_changes and only_sources):
         return changed
     listed = "; ".join(f"{name}: was {theirs.get(name)}, is {mine.get(name)}" for name in changed)
-    remedy = ", set data_change=accept to go on with the data as it is now" if only_sources else ""
+    remedy = ""
+    if only_sources:
+        how = "data_change=accept (in a program of your own: load_state_dict(..., accept_changes=True))"
+        remedy = f", set {how} to go on with the data as it is now"
     raise UserError(
         f"cannot continue the data exactly, the settings differ: {listed}. Restore them{remedy}, or start anew"
     )

@@ -62,7 +62,7 @@ class StreamLoader:
         cost: PackCost | None = None,
         gather: Callable[[Any], list[Any]] = lambda item: [item],
     ) -> None:
-        check_step(config, packs_per_step, world)
+        check_step(config, packs_per_step, rank, world)
         self.dataset_names = tuple(config.sources)
         self._config, self._tokenizer, self._pin_memory = config, tokenizer, pin_memory
         self._packs_per_step, self._rank, self._world, self._seed = packs_per_step, rank, world, seed

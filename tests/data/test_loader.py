@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines.config import SourceConfig
-from data_pipelines.errors import ShardError
+from data_pipelines.config import LoaderConfig, SourceConfig
+from data_pipelines.errors import ShardError, UserError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.shards.writer import ShardWriter
@@ -153,6 +153,28 @@ def test_a_state_of_other_settings_is_refused_by_name(tiny, change, message):
 def test_a_world_that_does_not_divide_the_step_is_refused(tiny):
     with pytest.raises(ValueError, match=r"packs_per_step=4 is not a multiple of the world size 3: .*packs_per_step=6"):
         loader(tiny, world=3)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(5, 4), (4, 4), (-1, 4), (0, 0)])
+def test_a_rank_outside_its_world_is_refused(tiny, rank, world):
+    for make in (PackLoader, StreamLoader):
+        with pytest.raises(UserError, match=rf"rank={rank} of world={world}: ranks count from 0"):
+            make(tiny.config(), tiny.tokenizer, PACKS, rank, world, 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "least"),
+    [("num_workers", -1, "at least 0"), ("prefetch_factor", 0, "at least 1"), ("prefetch_mb", -1, "at least 0"),
+     ("sample_timeout_s", 0.0, "above 0"), ("sample_timeout_s", float("nan"), "above 0")],
+)  # fmt: skip
+def test_settings_without_meaning_are_refused_by_name(setting, value, least):
+    with pytest.raises(UserError, match=rf"{setting}={value}: must be {least}"):
+        LoaderConfig(**{setting: value})
+
+
+def test_a_schedule_begins_no_earlier_than_training():
+    with pytest.raises(UserError, match="no negative token counts"):
+        SourceConfig(("a.tar",), schedule=((-1.0, 2.0), (5.0, 1.0)))
 
 
 @pytest.fixture

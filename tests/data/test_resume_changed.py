@@ -52,7 +52,10 @@ def waiting(state, source, letter=""):
 
 def test_without_the_flag_changed_data_is_an_error_that_names_it(tiny, folder):
     _, _, state = go(make(tiny, folder))
-    with pytest.raises(ValueError, match=r"source texts: was .*\[1\.0.* is .*\[3\.0.*set data_change=accept to go on"):
+    with pytest.raises(
+        ValueError,
+        match=r"source texts: was .*\[1\.0.* is .*\[3\.0.*data_change=accept .*accept_changes=True",
+    ):
         make(tiny, folder, pictures=2.0, texts=3.0).load_state_dict(state)
     (folder / "pictures-00001.tar").unlink()
     with pytest.raises(ValueError, match=r"source pictures: was \[3, .*is \[2, .*set data_change=accept"):
