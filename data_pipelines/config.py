@@ -89,7 +89,9 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Worker processes per rank (0: decode in the training process) and packs prefetched by each.
+    """Worker processes per rank and packs prefetched by each; one more process plans ahead of them.
+
+    `num_workers` 0 plans and decodes in the training process.
 
     `prefetch_mb` bounds the shared memory of a rank's prefetched packs; fewer are made ahead where it is small.
     `sample_timeout_s`: a sample that takes longer is left out, and its worker replaced.

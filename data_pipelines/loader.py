@@ -3,8 +3,8 @@
 Enters: a stage's `DataConfig`, the tokenizer, rank and world. Leaves: per global step this rank's `PackedBatch`es.
 Step s takes packs [s*B, (s+1)*B) of the plan (B packs_per_step), in plan order or, given a cost, the dearest first;
 micro-step m of rank r is number m*world + r of them. So a step's packs are the same whatever the world size or the
-number of workers, and the loader's state is the plan's. Every rank runs the whole plan (lengths only) and decodes its
-own packs.
+number of workers, and the loader's state is the plan's. Every rank runs the whole plan (lengths only), ahead of need
+in a process of its own where there are workers, and decodes its own packs.
 
 A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events`; the plan does not move.
 """
@@ -21,6 +21,7 @@ from data_pipelines.errors import ShardError, UserError
 from data_pipelines.index.build import Counting, Progress, build_missing
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
+from data_pipelines.pack.plan_process import PlannedStep, PlanProcess
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.slots import packs_ahead, slot_bytes
 from data_pipelines.pack.workers import MakeReader, NameSample, NameShards, WorkerPool
@@ -84,7 +85,7 @@ def _check_error_rate(source: SourceIndex, limit: float) -> None:
 
 
 class PackLoader:
-    """This rank's packs, step after step, without end. Use it once per process; `close()` ends its workers.
+    """This rank's packs, step after step, without end. Use it once per process; `close()` ends its processes.
 
     `dataset_names[i]` is the name of dataset number i in the batches. `cost` (of the model) lets packs of like cost
     share a micro-step, so that ranks wait less for one another; it changes the order inside a step only.
@@ -109,15 +110,14 @@ class PackLoader:
         self._sources = open_sources(config, tokenizer)
         self._planner = self._new_planner()
         self._state = self._planner.state_dict()
+        self._plan: PlanProcess | None = None
         self._pool: WorkerPool | None = None
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         """Steps from the current state on; each is this rank's packs in slot order."""
         self.close()
-        planner = self._new_planner()
-        planner.load_state_dict(self._state)
         ahead: deque[dict[str, Any]] = deque()
-        batches = self._batches(self._packs_of_rank(planner, ahead))
+        batches = self._batches(self._packs_of_rank(ahead))
         while True:
             step = list(islice(batches, self._packs_per_step // self._world))
             if not step:
@@ -152,19 +152,38 @@ class PackLoader:
         return notes
 
     def close(self) -> None:
-        """End the workers. Iterating again starts them anew from the current state."""
+        """End the processes. Iterating again starts them anew from the current state."""
         pool, self._pool = self._pool, None
+        plan, self._plan = self._plan, None
         if pool is not None:
             pool.close()
+        if plan is not None:
+            plan.close()
 
-    def _packs_of_rank(self, planner: Planner, ahead: deque[dict[str, Any]]) -> Iterator[Pack]:
+    def _packs_of_rank(self, ahead: deque[dict[str, Any]]) -> Iterator[Pack]:
         """This rank's packs without end; the plan's state after each step is appended to `ahead`."""
+        for step in self._planned_steps():
+            ahead.append(step.state)
+            yield from step.packs
+
+    def _planned_steps(self) -> Iterator[PlannedStep]:
+        """The steps behind the current state, planned here or ahead of need."""
+        if self._config.loader.num_workers == 0:
+            yield from self._plan_steps(self._state)
+        plan = self._plan = PlanProcess(self._plan_steps, self._state)
+        while True:
+            yield plan.next_step()
+
+    def _plan_steps(self, state: dict[str, Any]) -> Iterator[PlannedStep]:
+        """The steps behind `state`, without end; all ranks' packs are planned, this rank's given."""
+        planner = self._new_planner()
+        planner.load_state_dict(state)
         while True:
             packs = [planner.next_pack() for _ in range(self._packs_per_step)]
-            ahead.append(planner.state_dict())
+            after = planner.state_dict()
             if self._cost is not None:
                 packs = order_by_cost(packs, self._cost)
-            yield from packs[self._rank :: self._world]
+            yield PlannedStep(tuple(packs[self._rank :: self._world]), after)
 
     def _batches(self, packs: Iterator[Pack]) -> Iterator[PackedBatch]:
         """The packs as batches, made here or by workers."""

@@ -379,7 +379,7 @@ def test_a_killed_stream_goes_on_and_is_noted(tiny, many):
     loader = StreamLoader(made, tiny.tokenizer, 4, 0, 1, seed=0)
     steps = iter(loader)
     found = [*next(steps)]
-    os.kill(loader._feed._process.pid, signal.SIGKILL)
+    os.kill(loader._feed.feed.pid, signal.SIGKILL)
     # the pipe still holds what was packed before: hundreds of packs as small as these
     while len(found) < 4000 and not any(batch.events for batch in found[-4:]):
         found += next(steps)
