@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -149,6 +150,13 @@ class CheckpointStore:
         return entries
 
     def _publish(self, aside: Path, final: Path, manifest: dict[str, tuple[int, int]], state: dict[str, Any]) -> None:
+        for name, (size, _) in manifest.items():  # another rank wrote it; is it here, too?
+            if not (aside / name).is_file() or (aside / name).stat().st_size != size:
+                raise CheckpointError(
+                    f"{aside / name}, which another rank wrote with {size} bytes, is not so on {socket.gethostname()}: "
+                    "run_dir must lie on a file system that all nodes share. The newest whole checkpoint is "
+                    f"{self._newest()}"
+                )
         write_json(aside / "state.json", state)
         path = aside / "state.json"
         write_json(aside / "manifest.json", manifest | {"state.json": (path.stat().st_size, checksum(path))})
@@ -258,7 +266,7 @@ class CheckpointStore:
         else:
             converted = path.with_name(f".universal-{path.name}")
             self._world.from_main(lambda: self._convert(path, converted))
-            engine.load_universal(converted)
+            engine.load_universal(converted, path)
             self._world.barrier()  # every rank has read it
             self._world.from_main(lambda: self._remove(converted))
         self._world.from_main(lambda: self._go_on_from(path, state["step"]))

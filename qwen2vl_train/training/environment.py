@@ -21,17 +21,22 @@ from rich.table import Table
 
 from data_pipelines.shards.names import file_of
 from data_pipelines.shards.storage import expand_shards
+from data_pipelines.whole import write_whole
 from qwen2vl_train.config import ConfigError, RunConfig
 from qwen2vl_train.training.world import World
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "webdataset", "numpy")
 _MAX_SKEW_S = 30.0
 _PROBE_BYTES = 8 << 20
+_LATE_S = 5.0
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank sees. `versions` by package; `shards`: stage -> (shards, their bytes) or a message; sizes in GB."""
+    """What one rank sees. `versions` by package; `shards`: stage -> (shards, their bytes) or a message; sizes in GB.
+
+    `run_dir`: whether it is the folder that rank 0 has.
+    """
 
     rank: int
     host: str
@@ -41,16 +46,22 @@ class RankFacts:
     free_gb: float
     memory_gb: float
     shards: dict[str, str]
+    run_dir: bool = True
 
 
 def check_environment(run: RunConfig, world: World) -> Table:
     """Look around on every rank and compare. Collective; the table is the same on all ranks.
 
     Raises:
-        ConfigError: ranks differ in versions or in the shards that they see, or a clock is off; all faults at once.
+        ConfigError: ranks differ in versions or in the files that they see, or a clock is off; all faults at once.
     """
-    world.barrier()  # so that the clocks are read at about the same time
-    everyone: list[RankFacts] = world.gather(_look(run, world))
+    mark = Path(run.run_dir) / f".start-{world.start}"  # a name that no node has looked up before and remembers
+    world.from_main(lambda: write_whole(mark, ""))  # here the ranks meet, so the clocks are read at about the same time
+    try:
+        everyone: list[RankFacts] = world.gather(_look(run, world, mark))
+    finally:
+        if world.is_main:
+            mark.unlink(missing_ok=True)
     network = _time_all_reduce(world)
     faults = find_faults(everyone)
     if faults:
@@ -76,10 +87,15 @@ def find_faults(everyone: Sequence[RankFacts]) -> list[str]:
         ]
         if abs(facts.clock_s - first.clock_s) > _MAX_SKEW_S:
             faults.append(f"{who}: its clock is {facts.clock_s - first.clock_s:+.0f} s off rank 0's; set it")
+        if not facts.run_dir:
+            faults.append(
+                f"{who} has another run_dir than rank 0 ({first.host}), whose new file it does not see: choose a "
+                "run_dir on a file system that all nodes share"
+            )
     return faults
 
 
-def _look(run: RunConfig, world: World) -> RankFacts:
+def _look(run: RunConfig, world: World, mark: Path) -> RankFacts:
     wanted = Path(run.run_dir).resolve()
     existing = next(path for path in (wanted, *wanted.parents) if path.exists())
     cuda = world.device.type == "cuda"
@@ -93,7 +109,18 @@ def _look(run: RunConfig, world: World) -> RankFacts:
         free_gb=shutil.disk_usage(existing).free / 1e9,
         memory_gb=memory / 1e9,
         shards={stage: _shards(run, stage) for stage in run.chain},
+        run_dir=_appears(mark),
     )
+
+
+def _appears(path: Path) -> bool:
+    """Whether the file is there, or comes within a while: some network file systems tell other nodes late."""
+    deadline = time.monotonic() + _LATE_S
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _shards(run: RunConfig, stage: str) -> str:

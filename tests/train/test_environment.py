@@ -23,6 +23,7 @@ def test_equal_ranks_have_no_fault():
         ({"versions": FACTS.versions | {"torch": "2.12.0"}}, ["rank 1 (b) has torch 2.12.0, rank 0 (a) 2.13.0"]),
         ({"shards": {"vision": "1 shards, 3 bytes"}}, ["rank 1 (b) sees for stage vision: 1 shards, 3 bytes"]),
         ({"clock_s": 1061.0}, ["+61 s off"]),
+        ({"run_dir": False}, ["rank 1 (b) has another run_dir than rank 0 (a)", "that all nodes share"]),
     ],
 )
 def test_what_differs_is_named_with_both_sides(change, words):

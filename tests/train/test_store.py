@@ -171,3 +171,15 @@ def test_latest_names_what_auto_takes(tmp_path, engine, said):
         "step-00000003",
         3,
     )
+
+
+def test_files_of_a_rank_that_are_not_in_rank_0s_folder_are_not_published(tmp_path, engine, said, monkeypatch):
+    """As where each node has a disk of its own under the same name: `latest` must not name it."""
+    store = store_in(tmp_path, said)
+    fill(store, engine, 1)
+    monkeypatch.setattr(
+        Alone, "gather", lambda world, item: [item, {"engine/other": (5, 0)}] if isinstance(item, dict) else [item]
+    )
+    with pytest.raises(CheckpointError, match=r"engine/other, which another rank wrote with 5 bytes.*all nodes share"):
+        fill(store, engine, 2)
+    assert (latest(tmp_path), kept(tmp_path)) == ("step-00000001", [1])
