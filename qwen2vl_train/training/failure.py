@@ -41,20 +41,15 @@ def exit_after(error: Exception, world: World, code: int | None = None) -> NoRet
     Without leaving the process group: other ranks may wait in a collective that will never come.
     """
     mendable = isinstance(error, UserError)
-    own: dict[str, Any] = {
-        "rank": world.rank,
-        "host": socket.gethostname(),
-        "message": str(error) if mendable else f"{type(error).__name__}: {error}",
-        "time_s": time.time(),
-    }
+    own = describe_failure(world.rank, str(error) if mendable else f"{type(error).__name__}: {error}")
     trace = "" if mendable and not os.environ.get("QWEN2VL_DEBUG") else "".join(traceback.format_exception(error))
     # before the others can learn of it and end: torchrun looks for it as soon as one has
-    _leave_for_torchrun(f"{trace}{_plainly(own)}", own["time_s"])
+    _leave_for_torchrun(f"{trace}{name_failure(own)}", own["time_s"])
     store = _connect(world)
     first = _first_cause(own, store, wait_only=is_consequence(error)) or own
     try:
         if first["rank"] == world.rank:
-            print(f"{trace}\n{_plainly(own)}", file=sys.stderr)
+            print(f"{trace}\n{name_failure(own)}", file=sys.stderr)
         elif first["message"] != own["message"]:  # not the one mistake that all ranks find
             print(f"\n{name_first_cause(first, world.rank)}", file=sys.stderr)
         sys.stdout.flush()
@@ -71,7 +66,7 @@ def is_consequence(error: BaseException) -> bool:
 
 def name_first_cause(first: dict[str, Any], rank: int) -> str:
     """What rank `rank` says when it ends because of `first`, another rank's failure; torchrun will say it, too."""
-    text = f"rank {rank} ended: rank {first['rank']} ({first['host']}) failed first\n{_plainly(first)}"
+    text = f"rank {rank} ended: rank {first['rank']} ({first['host']}) failed first\n{name_failure(first)}"
     _leave_for_torchrun(text, first["time_s"] + 1)  # torchrun takes the earliest for the root, in whole seconds
     return text
 
@@ -82,6 +77,12 @@ def read_first_cause(failures: Store) -> dict[str, Any] | None:
         return None
     first: dict[str, Any] = json.loads(failures.get(FAILURE_KEY))
     return first
+
+
+def claim_first_cause(own: dict[str, Any], failures: Store) -> dict[str, Any]:
+    """Tell the other ranks of `own` through the store under `FAILURE_PREFIX`; returns whichever was told first."""
+    winner: dict[str, Any] = json.loads(failures.compare_set(FAILURE_KEY, "", json.dumps(own)))
+    return winner
 
 
 def leave_store(store: Store | None, world: World) -> None:
@@ -102,7 +103,13 @@ def leave_stall_for_torchrun(report: str) -> None:
     _leave_for_torchrun(report, time.time())
 
 
-def _plainly(cause: dict[str, Any]) -> str:
+def describe_failure(rank: int, message: str) -> dict[str, Any]:
+    """A cause as the ranks tell each other of it."""
+    return {"rank": rank, "host": socket.gethostname(), "message": message, "time_s": time.time()}
+
+
+def name_failure(cause: dict[str, Any]) -> str:
+    """The line that a rank's words end with."""
     return f"error (rank {cause['rank']}): {cause['message']}"
 
 
@@ -133,7 +140,6 @@ def _first_cause(own: dict[str, Any], store: Store | None, wait_only: bool) -> d
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.1)
-        winner: dict[str, Any] = json.loads(store.compare_set(FAILURE_KEY, "", json.dumps(own)))
+        return claim_first_cause(own, store)
     except (RuntimeError, ValueError):
         return None  # it went down just now
-    return winner

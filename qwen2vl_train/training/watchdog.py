@@ -37,8 +37,11 @@ from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import WatchdogConfig
 from qwen2vl_train.training.failure import (
     FAILURE_PREFIX,
+    claim_first_cause,
+    describe_failure,
     leave_stall_for_torchrun,
     leave_store,
+    name_failure,
     name_first_cause,
     read_first_cause,
 )
@@ -77,8 +80,8 @@ class Beat:
 class Watchdog:
     """Entered around a whole run; `note` at each change of activity.
 
-    Where another rank fails, it also ends this one, which may wait for that rank in a collective (NCCL's never end);
-    that it does with `stall_s` 0, too, where no rank ever counts as stalled.
+    Where another rank fails, it also ends this one, which may wait for that rank in a collective (NCCL's never end),
+    and where the launcher's process has died; both with `stall_s` 0, too, where no rank ever counts as stalled.
     """
 
     def __init__(self, config: WatchdogConfig, world: World, folder: Path | None) -> None:
@@ -139,6 +142,7 @@ class Watchdog:
             self._open_stacks()
             store, failures = self._world.connect_store("watchdog"), self._world.connect_store(FAILURE_PREFIX)
             while not self._ended.wait(self._tick_s):
+                self._end_if_orphaned(failures)
                 first = self._ask(lambda: read_first_cause(failures))
                 if first is not None and not self._ended.wait(_FAILURE_GRACE_S):
                     self._end_after(first, failures)
@@ -174,6 +178,7 @@ class Watchdog:
         with suppress(OSError):
             print(f"rank {self._world.rank}: the rendezvous store does not answer ({why})", file=sys.stderr, flush=True)
         while not self._ended.wait(self._tick_s):
+            self._end_if_orphaned(None)
             if time.monotonic() - self._since > self._limit_s:
                 beat = replace(self._beat, still_s=time.monotonic() - self._since, stack=self._stack())
                 text = describe_stall({self._world.rank: beat}, set(), self._stall_s)
@@ -236,6 +241,24 @@ class Watchdog:
         try:
             print(f"\n{name_first_cause(first, self._world.rank)}", file=sys.stderr, flush=True)
             leave_store(failures, self._world)
+        finally:
+            os._exit(1)
+
+    def _end_if_orphaned(self, failures: Store | None) -> None:
+        """End this rank when its launcher's process has died: the next start would find it at work in the same run."""
+        launcher = self._world.launcher
+        if launcher is None or not launcher.is_gone:
+            return
+        try:
+            cause = describe_failure(
+                self._world.rank,
+                f"{launcher.name} (process {launcher.process}) has died on {self._beat.host}, and its ranks end "
+                "with it; the same command continues from the newest checkpoint",
+            )
+            print(f"\n{name_failure(cause)}", file=sys.stderr, flush=True)
+            if failures is not None:  # ranks of other machines still have theirs
+                self._ask(lambda: claim_first_cause(cause, failures))
+                leave_store(failures, self._world)
         finally:
             os._exit(1)
 

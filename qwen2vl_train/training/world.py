@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from data_pipelines.errors import UserError
+from qwen2vl_train.training.launcher import Launcher, find_launcher
 from qwen2vl_train.training.restart import is_restart
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class World:
     """This process among `size`: its `rank`, its `local_rank` on the node, its device; `start` names this start.
 
     torchrun's own count of restarts does not: a node whose torchrun was started again counts from 0. `restarted`: any
-    rank's launcher started it again by itself.
+    rank's launcher started it again by itself. `launcher`: the process that answers for this rank, if there is one.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class World:
     device: torch.device
     start: str = ""
     restarted: bool = False
+    launcher: Launcher | None = None
 
     @property
     def is_main(self) -> bool:
@@ -100,6 +102,7 @@ def start_world(timeout_s: float) -> World:
     Raises:
         UserError: more ranks on this machine than GPUs, or the ranks cannot meet (a port in use, a wrong address).
     """
+    launcher = find_launcher()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -126,7 +129,7 @@ def start_world(timeout_s: float) -> World:
     starts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(starts, (secrets.token_hex(4), is_restart()))
     restarted = any(again for _, again in starts)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starts[0][0], restarted)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starts[0][0], restarted, launcher)
 
 
 def _local_restarts() -> str:

@@ -1,0 +1,34 @@
+"""The launcher's process on this machine: it ends this rank when another one fails, and starts it again.
+
+Enters: the environment of torchrun and of the deepspeed launcher, and the parent's process number. Leaves: whether that
+process is gone (`kill -9`, out of memory). Its ranks would train on with nobody to answer for them, beside those of the
+next start. A rank started by hand (its shell may end under nohup) or by SLURM, which clears away its steps' processes
+itself, has no such process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+# what only ranks of that launcher find in their environment
+_SIGNS = {"torchrun": ("TORCHELASTIC_RUN_ID",), "the deepspeed launcher": ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")}
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """`name` for people, and its process: this rank's parent."""
+
+    name: str
+    process: int
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended: an orphan's parent is another one."""
+        return os.getppid() != self.process
+
+
+def find_launcher() -> Launcher | None:
+    """The launcher that answers for this process, if one does; to be asked soon, while it surely lives."""
+    names = [name for name, signs in _SIGNS.items() if all(sign in os.environ for sign in signs)]
+    return Launcher(names[0], os.getppid()) if names else None
