@@ -71,7 +71,8 @@ def make_table(kind: str, size: int, seed: int) -> ShardTable:
         "part_nframes": np.full(count, -1),
         "task": np.zeros(size, np.uint32),
     }
-    meta = {"num_samples": size, "rows": "", "names": ["m"], "tasks": [kind], "problems": [], "unlisted": {}}
+    told = {"names": ["m"], "tasks": [kind], "problems": [], "unlisted": {}}
+    meta = {"num_samples": size, "size": 0, "tag": "", "rows": "", "content": "", **told}
     columns = SimpleNamespace(arrays=arrays, meta=meta, text=lambda name, row: str(row))
     median = 400 if kind == "text" else 80
     text = np.clip(rng.lognormal(np.log(median), 0.8, size), 8, 16384).astype(np.int32)

@@ -11,6 +11,7 @@ every micro-step, so a step lasts the sum over micro-steps of the slowest rank's
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -113,6 +114,10 @@ class CostPacker:
             self._sum_tokens, self._sum_cost = state["tokens"], state["cost"]
             for dear, *item in state["items"]:
                 self._open(Item(*item), bool(dear))
+
+    def waiting(self) -> Counter[int]:
+        """Open items by source."""
+        return Counter(item.source for item, _, _ in self._items.values())
 
     def state(self) -> dict[str, Any]:
         """The open items, oldest first, and the running sums."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.plan.mixture import Phase
 from data_pipelines.plan.packer import Item
+from data_pipelines.plan.rows import fold, unfold
 
 
 class SourceFacts(NamedTuple):
@@ -38,7 +39,7 @@ def carry_over(
     """
     numbers = {name: number for number, name in enumerate(now)}
     kept = {name for name in before if name in now and before[name][:2] == now[name][:2]}
-    items, dropped = _carry_items(state["pool"].get("items", ()), list(before), numbers, kept)
+    items, dropped = _carry_items(unfold(state["pool"].get("items", "")), list(before), numbers, kept)
     places = dict(zip(before, state["cursors"], strict=True))
     cursors, notes = [], []
     for name, facts in now.items():
@@ -70,8 +71,12 @@ def carry_over(
     if notes:
         notes.append("the mixture counts its shares anew from here")
     phase = sum(phase.from_tokens <= state["tokens"] for phase in phases) - 1
-    pool = {**state["pool"], "items": items} if "items" in state["pool"] else state["pool"]
-    carried = {**state, "phase": phase, "drawn": [0] * len(now), "cursors": cursors, "pool": pool}
+    pool = {**state["pool"], "items": fold(items)} if "items" in state["pool"] else state["pool"]
+    # What waits counts as drawn: the packs from here on have the shares.
+    own = len(items[0]) - len(Item._fields) if items else 0
+    waiting = Counter(row[own] for row in items)
+    shares = {"drawn": [waiting[number] for number in range(len(now))], "leads": [0.0] * len(now)}
+    carried = {**state, "phase": phase, **shares, "cursors": cursors, "pool": pool}
     return (carried if notes else dict(state)), notes
 
 

@@ -1,14 +1,17 @@
 """Which source gives the next sample: the one furthest behind its share.
 
-Enters: weights. Leaves: source numbers, without end. Costs about 0.1 µs a draw, made 512 at a time. After n draws every
-source has given its share of n to within one sample: no random generator, so no luck in the shares, and nothing but one
-count per source to save.
+Enters: weights, and what waits for a pack. Leaves: source numbers, without end. Costs about 0.1 µs a draw, made some
+hundreds at a time. After n draws every source has given its share of n to within one sample, plus its lead: no random
+generator, so no luck in the shares, and nothing but two numbers per source to save.
+
+The lead makes up for the packer. A source of long samples waits in the pool while short ones fill the gaps, so that
+exact shares of the draws gave shares of the packs that were 4 points off after 1,000 packs (texts and clips by halves).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +21,9 @@ from data_pipelines.config import SourceConfig
 from data_pipelines.errors import UserError
 
 _CHUNK = 512
+# How much of a source's surplus in the pool is drawn in advance. All of it would be a loop that never settles: more
+# draws, more surplus; at 0.9 shares of packs stray a tenth of what they did.
+_LEAD = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +68,34 @@ def shares_at(phases: Sequence[Phase], tokens: float) -> tuple[float, ...]:
 
 
 class Mixture:
-    """Draws sources by weight. The k-th sample of a source of share s is due at (k + 1/2) / s; the earliest is drawn.
+    """Draws sources by weight. The k-th sample of a source of share s is due at (k + 1/2 - lead) / s; the earliest is
+    drawn.
 
-    State: `drawn`, samples given by each source (ties go to the first source, so nothing else decides).
+    State: `drawn`, samples given by each source, and `leads` (ties go to the first source, so nothing else decides).
     """
 
-    def __init__(self, weights: Sequence[float], drawn: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, weights: Sequence[float], drawn: Sequence[int] | None = None, leads: Sequence[float] | None = None
+    ) -> None:
         if not weights or any(not math.isfinite(weight) or weight < 0 for weight in weights) or sum(weights) <= 0:
             raise UserError(f"weights {list(weights)}: need finite numbers >= 0, at least one above 0")
         self.drawn = [0] * len(weights) if drawn is None else list(drawn)
-        if len(self.drawn) != len(weights):
-            raise UserError(f"{len(self.drawn)} counts for {len(weights)} weights")
+        self.leads = [0.0] * len(weights) if leads is None else list(leads)
+        if not len(self.drawn) == len(self.leads) == len(weights):
+            raise UserError(f"{len(self.drawn)} counts and {len(self.leads)} leads for {len(weights)} weights")
         total = math.fsum(weights)
         self._shares = [weight / total for weight in weights]
 
+    def make_up_for(self, waiting: Mapping[int, int]) -> None:
+        """Lead by how much more of a source waits for a pack than its share of what waits (source → samples)."""
+        total = sum(waiting.values())
+        self.leads = [_LEAD * (waiting.get(number, 0) - share * total) for number, share in enumerate(self._shares)]
+
     def draws(self) -> Iterator[int]:
-        """The numbers of the sources that give the next samples; `drawn` counts what was taken from the iterator."""
+        """The numbers of the sources that give the next samples; `drawn` counts what was taken from the iterator.
+
+        After `make_up_for`, begin a new one.
+        """
         drawn = self.drawn
         while True:
             for number in self._next_chunk().tolist():
@@ -85,15 +103,21 @@ class Mixture:
                 yield number
 
     def _next_chunk(self) -> npt.NDArray[np.int64]:
-        """The next 512 draws: the due times of every source, merged."""
-        numbers, dues = [], []
-        for number, (share, drawn) in enumerate(zip(self._shares, self.drawn, strict=True)):
-            if share > 0:
-                # In 512 draws a source is at most one sample ahead of its share and one behind.
-                count = math.ceil(_CHUNK * share) + 3
-                # Multiplied anew from the count: a sum of steps would drift and differ after a resume.
-                dues.append((np.arange(drawn, drawn + count) + 0.5) / share)
-                numbers.append(np.full(count, number))
+        """The next draws, all that are due within some hundred: the due times of every source, merged."""
+        # Multiplied anew from the count: a sum of steps would drift and differ after a resume.
+        dues = {
+            number: (drawn + 0.5 - lead) / share
+            for number, (share, drawn, lead) in enumerate(zip(self._shares, self.drawn, self.leads, strict=True))
+            if share > 0
+        }
+        limit = min(dues.values()) + _CHUNK
+        numbers, times = [], []
+        for number, first in dues.items():
+            share, drawn, lead = self._shares[number], self.drawn[number], self.leads[number]
+            count = max(0, math.ceil((limit - first) * share) + 1)
+            due = (np.arange(drawn, drawn + count) + 0.5 - lead) / share
+            due = due[due <= limit]
+            times.append(due)
+            numbers.append(np.full(len(due), number))
         # Sources stand in order and the sort is stable: ties go to the first source.
-        order = np.argsort(np.concatenate(dues), kind="stable")[:_CHUNK]
-        return np.concatenate(numbers)[order]
+        return np.concatenate(numbers)[np.argsort(np.concatenate(times), kind="stable")]

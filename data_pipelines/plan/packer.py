@@ -9,6 +9,7 @@ Every pack begins with its pool's oldest item, so no sample waits for more packs
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +40,10 @@ class Packer(Protocol):
         """The next pack; `source` gives samples, each within budget, as they are needed."""
         ...
 
+    def waiting(self) -> Counter[int]:
+        """Samples in the pool by source."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a new packer of the same budgets needs to go on."""
         ...
@@ -58,6 +63,10 @@ class PoolPacker:
         for item in state["items"] if state else ():
             self.add(Item(*item))
 
+    def waiting(self) -> Counter[int]:
+        """Open items by source."""
+        return Counter(item.source for item in self.items.values())
+
     def state(self) -> dict[str, Any]:
         """The open items, oldest first."""
         return {"items": [list(item) for item in self.items.values()]}
@@ -69,11 +78,11 @@ class PoolPacker:
         insort(self._ranked, item.tokens << ORDER_BITS | number)
         self._arrivals = number + 1
 
-    def next_pack(self, source: Iterator[Item] | None) -> list[Item]:
-        """The next pack, the oldest item first. `source` refills the pool after each; None packs what the pool has."""
+    def next_pack(self, source: Iterator[Item]) -> list[Item]:
+        """The next pack, the oldest item first. `source` refills the pool after each."""
         # Written out in one loop: this is the planner's inner loop, half of its time.
         items, ranked = self.items, self._ranked
-        while source is not None and len(items) < self._pool_size:
+        while len(items) < self._pool_size:
             self.add(next(source))
         arrival = next(iter(items))
         del ranked[bisect_left(ranked, items[arrival].tokens << ORDER_BITS | arrival)]
@@ -84,11 +93,10 @@ class PoolPacker:
             pack.append(item)
             tokens -= item.tokens
             patches -= item.patches
-            if source is not None:
-                item = next(source)
-                items[arrivals] = item
-                insort(ranked, item.tokens << ORDER_BITS | arrivals)
-                arrivals += 1
+            item = next(source)
+            items[arrivals] = item
+            insort(ranked, item.tokens << ORDER_BITS | arrivals)
+            arrivals += 1
             # The longest item that fits the tokens left, then the next shorter until the patches fit too.
             place = bisect_left(ranked, (tokens + 1) << ORDER_BITS) - 1
             while place >= 0 and items[ranked[place] & ARRIVAL].patches > patches:
@@ -98,26 +106,58 @@ class PoolPacker:
                 return pack
             arrival = ranked.pop(place) & ARRIVAL
 
+    def drain_pack(self, aged: int) -> list[Item]:
+        """The next pack of what the pool has: the oldest item, those that arrived before number `aged`, then best fit.
+
+        Best fit alone takes the longest that fit. In a pool that fills between its packs, not while they are made, the
+        short ones would pile up and wait without an end.
+        """
+        pack, tokens, patches = list[Item](), self._max_tokens, self._max_patches
+        for arrival, item in list(self.items.items()):
+            if pack and arrival >= aged:
+                break
+            if item.tokens <= tokens and item.patches <= patches:
+                del self._ranked[bisect_left(self._ranked, item.tokens << ORDER_BITS | arrival)]
+                pack.append(self.items.pop(arrival))
+                tokens, patches = tokens - item.tokens, patches - item.patches
+        while (place := self._best_fit(tokens, patches)) >= 0:
+            item = self.items.pop(self._ranked.pop(place) & ARRIVAL)
+            pack.append(item)
+            tokens, patches = tokens - item.tokens, patches - item.patches
+        return pack
+
+    def _best_fit(self, tokens: int, patches: int) -> int:
+        """The place of the longest item that fits; -1 where there is none."""
+        place = bisect_left(self._ranked, (tokens + 1) << ORDER_BITS) - 1
+        while place >= 0 and self.items[self._ranked[place] & ARRIVAL].patches > patches:
+            place -= 1
+        return place
+
 
 class TaskPacker:
     """Packs of one task kind each: a pool per kind, and the kind whose pool is ready gives the next pack.
 
-    A pool is ready with a quarter of `pool_size` items and two packs' worth of tokens. A rare kind's pool that has not
-    got so far after 64 x `pool_size` drawn samples gives what it has, so that no sample waits for ever.
+    A pool is ready with `pool_size` items and 1.5 packs' worth of tokens. A rare kind's pool that has not got
+    so far after 64 x `pool_size` drawn samples gives what it has, so that no sample waits for ever; in a pack that is
+    made anyway, those that waited for 8 x `pool_size` go first.
     """
 
     def __init__(
         self, max_tokens: int, max_patches: int, pool_size: int, state: Mapping[str, Any] | None = None
     ) -> None:
         self._budgets = (max_tokens, max_patches, pool_size)
-        self._ready_items, self._ready_tokens = max(1, pool_size // 4), 2 * max_tokens
-        self._patience = 64 * pool_size
+        self._ready_items, self._ready_tokens = pool_size, max_tokens + max_tokens // 2
+        self._aged, self._patience = 8 * pool_size, 64 * pool_size
         self._pools: dict[int, PoolPacker] = {}
         self._held: dict[int, int] = {}
         open_items = state["items"] if state else []
         self._drawn = open_items[0][0] if open_items else 0
         for age, *item in open_items:
             self._add(Item(*item), self._drawn - age)
+
+    def waiting(self) -> Counter[int]:
+        """Open items by source."""
+        return sum((pool.waiting() for pool in self._pools.values()), Counter[int]())
 
     def state(self) -> dict[str, Any]:
         """The open items by age in drawn samples: [age, *item], oldest first."""
@@ -134,7 +174,7 @@ class TaskPacker:
             held = self._held[item.task]
             if held >= self._ready_tokens and len(self._pools[item.task].items) >= self._ready_items:
                 task = item.task
-        pack = self._pools[task].next_pack(None)
+        pack = self._pools[task].drain_pack(aged=self._drawn - self._aged)
         self._held[task] -= sum(item.tokens for item in pack)
         return pack
 
@@ -152,6 +192,10 @@ class TaskPacker:
 
 class SinglePacker:
     """Every document alone: no packing, for comparison."""
+
+    def waiting(self) -> Counter[int]:
+        """Nothing waits."""
+        return Counter()
 
     def state(self) -> dict[str, Any]:
         """Nothing is kept open."""

@@ -25,8 +25,11 @@ from data_pipelines.plan.lengths import sample_lengths
 from data_pipelines.plan.mixture import Mixture, Phase
 from data_pipelines.plan.order import SourceOrder
 from data_pipelines.plan.packer import Item, Packer, PoolPacker, SinglePacker, TaskPacker
+from data_pipelines.plan.rows import fold, unfold
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.names import public_name
+
+_PACKS_PER_LOOK = 16  # how often the mixture looks at what waits in the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,9 @@ class Planner:
         """The pack `number`; the number advances."""
         if self._phase + 1 < len(self.phases) and self.tokens >= self.phases[self._phase + 1].from_tokens:
             self._phase += 1
-            self._mixture = Mixture(self.phases[self._phase].weights)
+            self._count_anew()
+        elif self.number % _PACKS_PER_LOOK == 0:
+            self._mixture.make_up_for(self._packer.waiting())
             self._items = self._draw_items()
         items = self._packer.next_pack(self._items)
         events, self._shared.events[:] = tuple(self._shared.events), []
@@ -93,15 +98,16 @@ class Planner:
             "tokens": self.tokens,
             "phase": self._phase,
             "drawn": list(self._mixture.drawn),
+            "leads": list(self._mixture.leads),
             "cursors": [cursor.state_dict() for cursor in self._cursors],
             "tasks": list(self._shared.tasks or ()),
-            "pool": self._packer.state(),
+            "pool": _folded(self._packer.state()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the same sources, budgets and seed are the caller's to check."""
         self.number, self.tokens, self._phase = state["number"], state["tokens"], state["phase"]
-        self._mixture = Mixture(self.phases[self._phase].weights, state["drawn"])
+        self._mixture = Mixture(self.phases[self._phase].weights, state["drawn"], state["leads"])
         if self._shared.tasks is not None:
             self._shared.tasks.clear()
             self._shared.tasks.update({task: number for number, task in enumerate(state["tasks"])})
@@ -109,7 +115,15 @@ class Planner:
             cursor.load_state_dict(place)
         self._shared.events.clear()  # told when the blocks were opened first
         self._items = self._draw_items()
-        self._packer = new_packer(self._plan, state["pool"], self._cost)
+        self._packer = new_packer(self._plan, _unfolded(state["pool"]), self._cost)
+
+    def _count_anew(self) -> None:
+        """Shares of other weights: what waits counts as drawn, so that the packs from here on have them."""
+        waiting = self._packer.waiting()
+        weights = self.phases[self._phase].weights
+        self._mixture = Mixture(weights, [waiting[number] for number in range(len(weights))])
+        self._mixture.make_up_for(waiting)
+        self._items = self._draw_items()
 
     def _draw_items(self) -> Iterator[Item]:
         """The samples in the order in which they enter the pool; its place is that of the mixture and the cursors."""
@@ -121,6 +135,16 @@ class Planner:
                 cursor.refill()
                 item = next(cursor.items, None)
             yield item
+
+
+def _folded(pool: dict[str, Any]) -> dict[str, Any]:
+    """A packer's state as it is saved: its open samples as text, which keeps the whole under 64 KB for large pools."""
+    return {**pool, "items": fold(pool["items"])} if "items" in pool else pool
+
+
+def _unfolded(pool: dict[str, Any]) -> dict[str, Any]:
+    """A saved packer's state with its open samples as rows."""
+    return {**pool, "items": unfold(pool["items"])} if "items" in pool else pool
 
 
 def new_packer(plan: PlanConfig, state: Mapping[str, Any] | None, cost: PackCost | None) -> Packer:

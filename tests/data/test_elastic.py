@@ -16,6 +16,7 @@ from test_loader import fingerprint
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
+from data_pipelines.plan.rows import unfold
 
 PACKS, STEPS = 8, 9
 PAIRS = list(product((1, 2, 4, 8), (0, 1, 3)))
@@ -108,7 +109,7 @@ def test_every_stop_within_an_epoch_keeps_each_sample_to_once_an_epoch(tiny):
             keys += [key for _, (batch,) in zip(range(steps), loader, strict=False) for key in batch.keys]
             loader.close()
             state = loader.state_dict()
-        waiting = [f"p{8 * shard + row:02d}" for _, shard, row, *_ in state["plan"]["pool"]["items"]]
+        waiting = [f"p{8 * shard + row:02d}" for _, shard, row, *_ in unfold(state["plan"]["pool"]["items"])]
         drawn = Counter(keys + waiting)
         assert len(drawn) == 20
         assert max(drawn.values()) - min(drawn.values()) <= 1
@@ -163,12 +164,12 @@ def resident(pids):
 
 
 def growth(tiny, warm_up, steps):
-    """How much this process and its two workers grow over `steps` steps of 4 packs."""
+    """How much this process, its two workers and the plan's process grow over `steps` steps of 4 packs."""
     loader = PackLoader(tiny.config(workers=2), tiny.tokenizer, 4, 0, 1, seed=0)
     packs = iter(loader)
     for _ in range(warm_up):
         next(packs)
-    pids = [os.getpid(), *(worker.process.pid for worker in loader._pool._workers)]
+    pids = [os.getpid(), loader._plan.feed.pid, *(worker.process.pid for worker in loader._pool._workers)]
     before = resident(pids)
     for _ in range(steps):
         next(packs)

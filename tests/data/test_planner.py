@@ -4,17 +4,20 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data_pipelines.config import SourceConfig
+from data_pipelines.config import MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.errors import ShardError
+from data_pipelines.index.source import ShardTable
 from data_pipelines.loader import new_planner, open_sources
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.plan.mixture import Mixture, Phase, mixture_phases
 from data_pipelines.plan.order import SourceOrder, permutation
 from data_pipelines.plan.planner import Planner
+from data_pipelines.plan.rows import unfold
 from data_pipelines.shards.writer import ShardWriter
 
 
@@ -113,6 +116,76 @@ def test_a_mixture_goes_on_from_its_counts():
     assert [next(draws) for _ in range(2000)] == [next(rest) for _ in range(2000)]
 
 
+def test_a_lead_is_drawn_in_advance_and_given_up_again():
+    # shares 1/2: of 10 that wait 8 are the first source's, 3 more than its share: it leads by 2.7, the other by -2.7.
+    # Due times with counts 4 and 4: (4.5 - 2.7) * 2 = 3.6, 5.6, ... and (4.5 + 2.7) * 2 = 14.4, ...
+    mixture = Mixture([1, 1], [4, 4])
+    mixture.make_up_for(Counter({0: 8, 1: 2}))
+    assert mixture.leads == pytest.approx([2.7, -2.7])
+    draws = mixture.draws()
+    assert [next(draws) for _ in range(8)] == [0, 0, 0, 0, 0, 0, 1, 0]
+    mixture.make_up_for(Counter({0: 5, 1: 5}))
+    draws = mixture.draws()
+    assert [next(draws) for _ in range(6)] == [1, 1, 1, 1, 1, 1]
+
+
+class LengthsOnly:
+    """Stands in for a source towards the planner: 40 shards of 1,000 texts with lengths of `draw(rng, 1000)`."""
+
+    num_shards, num_samples = 40, 40_000
+
+    def __init__(self, name, draw):
+        self.name, self._draw, self._tables = name, draw, {}
+
+    def table(self, shard):
+        if shard not in self._tables:
+            lengths = np.clip(self._draw(np.random.default_rng(shard), 1000), 8, 16384).astype(np.int32)
+            names = ["width", "height", "frames", "fps", "duration", "kind", "name"]
+            parts = ["min_pixels", "max_pixels", "fps", "nframes"]
+            arrays = {f"media_{name}": np.zeros(0, np.int64) for name in names}
+            arrays |= {f"part_{name}": np.zeros(0, np.int64) for name in parts}
+            arrays |= {"media_ends": np.zeros(1000, np.uint64), "task": np.zeros(1000, np.uint32)}
+            index = SimpleNamespace(num_samples=1000, arrays=arrays, task=lambda row: self.name)
+            self._tables[shard] = ShardTable(index, lengths, np.zeros(1000, np.uint8), (), Counter())
+        return self._tables[shard]
+
+
+TEXTS = LengthsOnly("texts", lambda rng, n: rng.lognormal(np.log(400), 0.8, n))
+CLIPS = LengthsOnly("clips", lambda rng, n: rng.uniform(4000, 16384, n))
+IMAGES = LengthsOnly("images", lambda rng, n: rng.normal(1280, 60, n))
+
+
+@pytest.mark.parametrize("packing", ["pool", "task", "balanced"])
+@pytest.mark.parametrize(
+    ("sources", "weights"),
+    [
+        ((TEXTS, CLIPS), (1, 1)),
+        ((TEXTS, CLIPS), (1, 3)),
+        ((TEXTS, IMAGES, CLIPS), (1, 1, 1)),
+        ((TEXTS, IMAGES), (3, 1)),
+    ],
+    ids=["halves", "mostly clips", "thirds", "short"],
+)
+def test_packs_have_the_shares_to_within_one_percent_after_a_thousand(packing, sources, weights):
+    """Long samples wait in the pool while short ones fill the gaps: exact draws alone were up to 4 points off."""
+    phases = [Phase(0, tuple(map(float, weights)))]
+    cost = PackCost(1e6, 1e3, 2e6, 1e3)
+    plan = Planner(sources, phases, MediaConfig(), PlanConfig(packing=packing), 0, cost)
+    counts = Counter(item.source for _ in range(1000) for item in plan.next_pack().items)
+    shares = [counts[number] / counts.total() for number in range(len(sources))]
+    assert shares == pytest.approx([weight / sum(weights) for weight in weights], abs=0.01)
+
+
+def test_packs_have_the_shares_of_a_new_phase_from_its_first_on():
+    """2,000 packs of mostly clips, then by halves: what waited counts for the new shares."""
+    phases = [Phase(0, (1.0, 3.0)), Phase(30e6, (1.0, 1.0))]
+    plan = Planner([TEXTS, CLIPS], phases, MediaConfig(), PlanConfig(), 0)
+    while plan.tokens < 30e6:
+        plan.next_pack()
+    counts = Counter(item.source for _ in range(1000) for item in plan.next_pack().items)
+    assert counts[0] / counts.total() == pytest.approx(0.5, abs=0.01)
+
+
 def test_a_source_without_weight_is_never_drawn():
     mixture = Mixture([0, 1])
     assert set(itertools.islice(mixture.draws(), 2000)) == {1}
@@ -194,7 +267,7 @@ def test_every_sample_is_planned_once_an_epoch(tiny):
         assert pack.num_tokens == sum(item.tokens for item in pack.items) <= 192
         seen.update((item.epoch, item.shard, item.row) for item in pack.items)
         packs += 1
-    waiting = [tuple(item) for item in plan.state_dict()["pool"]["items"]]
+    waiting = [tuple(item) for item in unfold(plan.state_dict()["pool"]["items"])]
     seen.update((epoch, shard, row) for _, shard, row, epoch, *_ in waiting)
     assert max(seen.values()) == 1
     assert [sum(epoch == e for epoch, _, _ in seen) for e in range(4)] == [20] * 4

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from data_pipelines.loader import PackLoader
+from data_pipelines.plan.rows import unfold
 
 STEPS, PACKS = 6, 4
 
@@ -46,7 +47,7 @@ def resume(loader, state):
 
 def waiting(state, source, letter=""):
     """Keys of the pool's samples of source number `source`; a tiny shard holds 8 samples, numbered on."""
-    items = [item[-8:] for item in state["plan"]["pool"]["items"]]
+    items = [item[-8:] for item in unfold(state["plan"]["pool"]["items"])]
     return [f"{letter}{8 * shard + row:02d}" for number, shard, row, *_ in items if number == source]
 
 
