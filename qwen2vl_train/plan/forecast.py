@@ -118,7 +118,7 @@ def forecast(
         if tokenizer is not None and no_data is None:
             sources = open_sources(stage.data, tokenizer, progress=progress)
             rehearsal = rehearse(stage, config, sources, ranks, run.seed, max_packs)
-            steps = stage.steps or math.ceil(stage.tokens / rehearsal.tokens_per_step)
+            steps = stage.steps or rehearsal.stage_steps
             if hardware.peak_flops is not None:
                 seconds = rehearsal.flops_per_step * steps / (mfu * hardware.peak_flops * hardware.gpus)
         memory = rank_memory(config, stage, run.engine, setting, hardware.gpus)

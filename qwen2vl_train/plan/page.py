@@ -1,25 +1,27 @@
 """A forecast as tables for a terminal: data, cost, memory, and the settings that fit.
 
-Enters: a `Forecast`. Leaves: rich renderables; no decision is taken here.
+Enters: a `Forecast`. Leaves: rich renderables that 80 columns have room for; no decision is taken here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from qwen2vl_train.model.cost import parameter_counts
 from qwen2vl_train.plan.forecast import Forecast, StageForecast
 from qwen2vl_train.plan.hardware import USABLE
-from qwen2vl_train.plan.memory import Choice, RankMemory
+from qwen2vl_train.plan.memory import Choice
 
 GB = 1e9
+STAGES_A_TABLE = 4
 SOURCE_LEGEND = (
-    "samples (-: unusable) and tokens of one epoch; wanted, got: shares of the samples drawn; of tokens: share of the\n"
-    "packs; media: share of the source's tokens; epochs: at the stage's end\n"
+    "wanted, got: shares of the samples drawn; of tokens: share of the packs; tokens each: of a sample; media: share "
+    "of the source's tokens; epochs: at the stage's end\n"
 )
 
 
@@ -41,32 +43,31 @@ def _parts(plan: Forecast) -> Iterator[RenderableType]:
         yield Text(f"{plan.no_data}; what follows is the memory alone", style="yellow")
     for stage in plan.stages:
         if stage.rehearsal is not None:
-            yield _sources(stage)
+            yield from _sources(stage)
     if plan.no_data is None:
         yield Text(SOURCE_LEGEND, style="dim italic")
-        yield _costs(plan)
-    yield _memory(plan)
+        yield from _costs(plan)
+    yield from _memory(plan)
     yield _choices(plan)
     yield _verdict(plan)
 
 
-def _sources(stage: StageForecast) -> Table:
-    """What each source gives to the stage."""
+def _sources(stage: StageForecast) -> Iterator[RenderableType]:
+    """What the stage's sources hold, and what it takes of them: two tables, 80 columns have no room for one."""
     data = stage.rehearsal
     assert data is not None
-    what = "the whole" if data.steps >= stage.steps else f"{data.steps:,} of {stage.steps:,} steps of the"
-    table = _table(
-        f"{stage.name}: {what} stage, {data.packs:,} packs, fill {data.fill:.2%} ({data.packs_under_98:.1%} of packs "
-        f"under 98%), {data.supervised / max(1, data.tokens):.1%} of tokens supervised"
+    yield Text(_planned(stage), style="bold")
+    yield Text(
+        f"fill {data.fill:.2%} ({data.packs_under_98:.1%} of packs under 98%), "
+        f"{data.supervised / max(1, data.tokens):.1%} of tokens supervised"
     )
-    for heading in ("samples", "tokens", "wanted", "got", "of tokens", "per sample", "media", "epochs"):
-        table.add_column(heading, justify="right")
+    held = _table("what the sources hold", ("samples", "unusable", "tokens an epoch"))
+    taken = _table(f"what {stage.name} takes of them", ("wanted", "got", "of tokens", "tokens each", "media", "epochs"))
     for source in data.sources:
-        unusable = source.samples - source.usable
-        table.add_row(
-            source.name,
-            f"{source.samples:,}" + (f" (-{unusable:,})" if unusable else ""),
-            _short(source.epoch_tokens),
+        name, unusable = escape(source.name), source.samples - source.usable
+        held.add_row(name, f"{source.samples:,}", f"{unusable:,}" if unusable else "", _short(source.epoch_tokens))
+        taken.add_row(
+            name,
             f"{source.wanted:.1%}",
             f"{source.got:.1%}",
             f"{source.planned_tokens / max(1, data.tokens):.1%}",
@@ -74,63 +75,75 @@ def _sources(stage: StageForecast) -> Table:
             f"{source.planned_media_tokens / max(1, source.planned_tokens):.0%}",
             f"{data.epochs(source, stage.steps):,.2f}",
         )
-    return table
+    yield held
+    yield taken
 
 
-def _costs(plan: Forecast) -> Table:
-    """Tokens, FLOPs, imbalance and time of each stage."""
-    table = _table(f"cost at an MFU of {plan.mfu:.0%}")
-    for heading in ("steps", "tokens", "FLOPs a step", "ViT", "merger", "LLM", "head", "imbalance", "sorted", "time"):
-        table.add_column(heading, justify="right")
+def _planned(stage: StageForecast) -> str:
+    """Which of the stage's steps were planned, and what stands for the others."""
+    data = stage.rehearsal
+    assert data is not None
+    if data.steps >= stage.steps:
+        return f"{stage.name}: all {stage.steps:,} steps planned, {data.packs:,} packs"
+    said = f"{stage.name}: {data.steps:,} of {stage.steps:,} steps planned, {data.packs:,} packs; "
+    if len(data.slices) == 1:
+        return f"{said}the rest extrapolated from these"
+    parts = (f"{part.steps:,} of {part.of_steps:,.0f} from {_short(part.from_tokens)} tokens" for part in data.slices)
+    return f"{said}the rest extrapolated by phase of the mixture ({', '.join(parts)})"
+
+
+def _costs(plan: Forecast) -> Iterator[RenderableType]:
+    """Tokens, FLOPs, imbalance and time of each stage: a column a stage."""
+    facts = {}
     for stage in plan.stages:
         data = stage.rehearsal
-        if data is None:
-            continue
+        assert data is not None
         total = sum(data.flops.values())
-        table.add_row(
-            stage.name,
-            f"{stage.steps:,} x {stage.packs_per_step}",
-            _short(stage.tokens or 0),
-            _short(data.flops_per_step),
-            *(f"{data.flops[part] / total:.1%}" for part in ("vit", "merger", "llm", "head")),
-            f"{data.imbalance:.2f}",
-            f"{data.imbalance_sorted:.2f}",
-            _time(stage.seconds),
-        )
-    table.caption = (
-        "imbalance: the slowest rank's FLOPs over the mean, by micro-step, packs in plan order; sorted: packs of\n"
-        "like cost side by side, as training deals them"
+        facts[stage.name] = {
+            "steps": f"{stage.steps:,}",
+            "packs a step": f"{stage.packs_per_step:,}",
+            "tokens": _short(stage.tokens or 0),
+            "FLOPs a step": _short(data.flops_per_step),
+            **{
+                f"  {label}": f"{data.flops[part] / total:.1%}"
+                for part, label in (("vit", "ViT"), ("merger", "merger"), ("llm", "LLM"), ("head", "head"))
+            },
+            "imbalance": f"{data.imbalance:.2f}",
+            "  as dealt": f"{data.imbalance_sorted:.2f}",
+            "time": _time(stage.seconds),
+        }
+    yield from _columns(f"cost at an MFU of {plan.mfu:.0%}", facts)
+    yield Text(
+        "imbalance: the slowest rank's FLOPs over the mean, by micro-step, packs in plan order; as dealt: packs of "
+        "like cost side by side, as training deals them\n",
+        style="dim italic",
     )
-    return table
 
 
-def _memory(plan: Forecast) -> Table:
+def _memory(plan: Forecast) -> Iterator[RenderableType]:
     """Bytes by what they hold, of the configured settings."""
-    table = _table("memory of a rank as configured, GB, for the heaviest pack that the budgets allow")
-    headings = {
-        "parameters": "weights", "gradients": "grads", "optimizer": "optim", "gathered": "gathered",
-        "buckets": "buckets", "activations": "activations",
-    }  # fmt: skip
-    for heading in (*headings.values(), "total", "host"):
-        table.add_column(heading, justify="right")
-    for stage in plan.stages:
-        memory: RankMemory = stage.memory
-        table.add_row(
-            stage.name,
-            *(f"{getattr(memory, name) / GB:.2f}" for name in headings),
-            _mark(memory.total, plan),
-            f"{memory.host / GB:.2f}",
-        )
-    table.caption = f"{USABLE:.0%} of the memory ({plan.hardware.usable_bytes / GB:.1f} GB) can hold tensors"
-    return table
+    parts = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations")
+    facts: dict[str, dict[str, RenderableType]] = {
+        stage.name: {
+            **{name: f"{getattr(stage.memory, name) / GB:.2f}" for name in parts},
+            "total": _mark(stage.memory.total, plan),
+            "host memory": f"{stage.memory.host / GB:.2f}",
+        }
+        for stage in plan.stages
+    }
+    yield from _columns("memory of a rank as configured, GB", facts)
+    yield Text(
+        f"for the heaviest pack that the budgets allow; {USABLE:.0%} of the memory "
+        f"({plan.hardware.usable_bytes / GB:.1f} GB) can hold tensors\n",
+        style="dim italic",
+    )
 
 
 def _choices(plan: Forecast) -> Table:
     """Settings by rows, checkpointing by columns: GB of the stage that needs most."""
-    table = _table("GB by setting, the stage that needs most (green fits)")
-    columns = {(0, 0): "all kept", (0, 1): "LLM recomputed", (1, 1): "all recomputed"}
-    for heading in ("ranks a pack", "offload", *columns.values(), "host"):
-        table.add_column(heading, justify="right")
+    columns = {(0, 0): "all\nkept", (0, 1): "LLM\nrecomputed", (1, 1): "all\nrecomputed"}
+    headings = ("ranks\na pack", "offload", *columns.values(), "host\nmemory")
+    table = _table("GB by setting, the stage that needs most (green fits)", headings)
     rows: dict[tuple[int, int, bool, bool], dict[tuple[int, int], Choice]] = {}
     for choice in plan.choices:
         one = choice.setting
@@ -169,9 +182,23 @@ def _mark(count: int, plan: Forecast) -> Text:
     return Text(f"{count / GB:.1f}", style="green" if count <= plan.hardware.usable_bytes else "red")
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", title_style="bold")
-    table.add_column("")
+def _columns(title: str, facts: Mapping[str, Mapping[str, RenderableType]]) -> Iterator[Table]:
+    """Tables of one fact a line and a column for each stage, as many side by side as 80 columns have room for."""
+    names = list(facts)
+    for first in range(0, len(names), STAGES_A_TABLE):
+        shown = names[first : first + STAGES_A_TABLE]
+        table = _table(title, [escape(name) for name in shown])
+        for fact in facts[shown[0]]:
+            table.add_row(fact, *(facts[name][fact] for name in shown))
+        yield table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """An empty table: names on the left (folded where long), then figures, which are never cut."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

@@ -98,6 +98,67 @@ def test_a_stage_of_so_many_tokens_is_planned_until_the_step_that_reaches_them(t
         assert rehearse(stage, model_config(), open_sources(stage.data, tiny.tokenizer), 2, 0).steps == steps
 
 
+def scheduled(tiny, from_tokens, packs=3, **length):
+    """Pictures alone from the beginning, texts alone from `from_tokens` on."""
+    stage = stage_of(tiny, pictures=1.0, texts=0.0)
+    pictures, texts = (stage.data.sources[name] for name in ("pictures", "texts"))
+    pictures = replace(pictures, schedule=((from_tokens, 0.0),))
+    texts = replace(texts, schedule=((from_tokens, 1.0),))
+    data = replace(stage.data, sources={"pictures": pictures, "texts": texts})
+    return replace(stage, data=data, packs_per_step=packs, **length)
+
+
+def rehearse_tiny(stage, tiny, max_packs=4000):
+    return rehearse(stage, model_config(), open_sources(stage.data, tiny.tokenizer), 1, 0, max_packs)
+
+
+@pytest.mark.parametrize("length", [{"steps": 0, "tokens": 800_000}, {"steps": 1500}], ids=["tokens", "steps"])
+def test_a_phase_of_the_mixture_beyond_the_packs_planned_counts_by_its_tokens(tiny, length):
+    found = rehearse_tiny(scheduled(tiny, 200_000, **length), tiny, max_packs=150)
+    assert [part.from_tokens for part in found.slices] == [0, 200_000]
+    first, second = found.slices
+    assert 45 <= first.steps + second.steps == found.steps <= 50
+    assert first.of_steps == pytest.approx(200_000 / (3 * 192), rel=0.15)  # packs are 90% full
+    assert found.stage_steps == pytest.approx(first.of_steps + second.of_steps, abs=1)
+    if not length["steps"]:
+        assert found.stage_steps * found.tokens_per_step == pytest.approx(800_000, rel=0.001)
+    pictures, texts = found.sources
+    every = found.stage_steps / found.steps
+    assert pictures.planned_tokens * every == pytest.approx(200_000, rel=0.02)
+    assert pictures.wanted == pytest.approx(pictures.got)  # the pool is filled anew where the plan skips ahead
+    assert found.epochs(pictures, found.stage_steps) == pytest.approx(pictures.planned_samples * every / 20)
+    assert texts.planned_tokens == pytest.approx(found.tokens - pictures.planned_tokens)
+
+
+def test_a_stage_that_is_planned_whole_has_the_packs_of_its_phases_exactly(tiny):
+    stage = scheduled(tiny, 2000, steps=12)
+    found = rehearse_tiny(stage, tiny)
+    loader = PackLoader(stage.data, tiny.tokenizer, 3, 0, 1, seed=0)
+    batches = [batch for _, step in zip(range(12), loader, strict=False) for batch in step]
+    loader.close()
+    assert [(part.from_tokens >= 2000, part.steps, part.of_steps) for part in found.slices] == [
+        (False, 4, 4),  # 2,000 tokens are four steps of 3 x 192
+        (True, 8, 8),
+    ]
+    assert (found.steps, found.stage_steps) == (12, 12)
+    assert found.tokens == sum(batch.num_tokens for batch in batches)
+    for number, source in enumerate(found.sources):
+        assert source.planned_samples == sum(batch.datasets.count(number) for batch in batches)
+
+
+def test_a_phase_behind_the_stages_end_is_not_planned(tiny):
+    for length in ({"steps": 5}, {"steps": 0, "tokens": 3000}):
+        assert len(rehearse_tiny(scheduled(tiny, 3000, **length), tiny).slices) == 1
+
+
+def test_what_is_planned_follows_from_counts_alone(tiny, monkeypatch):
+    stage = stage_of(tiny, steps=1000)
+    assert rehearse_tiny(stage, tiny, 40) == rehearse_tiny(stage, tiny, 40)
+    samples = sum(source.planned_samples for source in rehearse_tiny(stage_of(tiny, steps=1), tiny).sources)
+    monkeypatch.setattr("qwen2vl_train.plan.rehearsal.PLANNED_SAMPLES", int(3 * samples))
+    assert rehearse_tiny(stage, tiny).steps == 3
+
+
 def test_without_shards_a_length_in_tokens_is_counted_in_full_packs():
     words = ["stages.vision.steps=0", "stages.vision.tokens=1000000000", "stages.vision.schedule.warmup_steps=0"]
     (stage,) = forecast(run_of("stage=vision", *words), find_hardware("H100", 8, "bf16"), 0.4).stages
@@ -189,14 +250,46 @@ def test_what_no_setting_can_fit_names_the_number_of_gpus_that_would():
     assert plan.best is None or plan.best.setting.offload_parameters
 
 
-def test_the_figures_for_machines_are_json(tiny, capsys):
-    arguments = [
-        "plan", "experiment=demo", "stage=vision", f"data.root={tiny.folder}", "data.tokenizer=${data.root}/tokenizer",
-        "~stages.vision.data.sources",
-        f"stages.vision.data.sources={{pictures: {{shards: ['{tiny.folder}/pictures-*.tar']}}}}",
-        "--tokens", "1e6", "--packs", "60", "--gpus", "2", "--peak-flops", "1e12", "--mfu", "0.5", "--json",
+def plan_tiny(tiny, stage="vision", weights="weight: 1"):
+    """Arguments that plan a stage of the demo's on the tiny pictures."""
+    return [
+        "plan", "experiment=demo", f"stage={stage}", f"data.root={tiny.folder}",
+        "data.tokenizer=${data.root}/tokenizer", f"~stages.{stage}.data.sources",
+        f"stages.{stage}.data.sources={{pictures: {{shards: ['{tiny.folder}/pictures-*.tar'], {weights}}}}}",
     ]  # fmt: skip
-    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_page_cuts_no_figure_and_no_heading_at_80_columns(tiny, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    schedule = "schedule: [[4e6, 2.0]]"
+    options = ["--tokens", "20e6", "--packs", "60", "--gpus", "2"]
+    assert main([*plan_tiny(tiny, "multitask", schedule), *options]) == 0
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= columns
+    facts = dict(re.findall(r"^│ +([\w ]+?) +│ +(\S.*?) +│$", said, re.MULTILINE))
+    steps = int(facts["steps"].replace(",", ""))
+    assert 9766 <= steps < 2 * 9766  # 20e6 / (2 x 1,024) where packs are full
+    assert facts["packs a step"] == "2"
+    assert facts["tokens"] == "20 M"
+    assert re.fullmatch(r"\d\d\.\d%", facts["ViT"])
+    words = " ".join(said.split())
+    assert f"multitask: 30 of {steps:,} steps planned, 60 packs; the rest extrapolated by phase" in words
+    assert re.search(r"\(6 of [\d,]+ from 0 tokens, 24 of [\d,]+ from 4 M tokens\)", words)
+
+
+def test_stages_beyond_what_a_table_has_room_for_get_another(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("qwen2vl_train.plan.page.STAGES_A_TABLE", 2)
+    main(["plan", "experiment=qwen2vl_7b"])
+    heads = [re.findall(r"\w+", line) for line in capsys.readouterr().out.splitlines() if line.startswith("┃")]
+    assert heads[:2] == [["vision", "multitask"], ["instruct"]]
+
+
+def test_the_figures_for_machines_are_json(tiny, capsys):
+    options = ["--tokens", "1e6", "--packs", "60", "--gpus", "2", "--peak-flops", "1e12", "--mfu", "0.5", "--json"]
+    assert main([*plan_tiny(tiny), *options]) == 0
     plan = json.loads(capsys.readouterr().out)
     stage = plan["stages"]["vision"]
     data = stage["data"]
