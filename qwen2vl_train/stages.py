@@ -36,8 +36,10 @@ from qwen2vl_train.course import (
 from qwen2vl_train.evaluation.runner import Report, evaluate
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.report import write_report
+from qwen2vl_train.start import refuse_other_model
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.environment import check_environment
+from qwen2vl_train.training.lock import RunLock
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.restart import job
 from qwen2vl_train.training.stopping import Preempted, StopRequest
@@ -56,8 +58,11 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: S
         Preempted: a signal asked to stop; the same command continues.
     """
     folder = Path(run.run_dir)
-    world.from_main(lambda: _open_run(run, folder, settings, world))
+    lock = RunLock(folder)  # held by rank 0
+    unlocked = world.from_main(lambda: _open_run(run, folder, settings, world, lock))
     monitor = Monitor(folder, run.monitor, settings, active=world.is_main)
+    if unlocked:
+        monitor.warn(unlocked)
     try:
         with Watchdog(run.watchdog, world, folder) as watchdog:
             watchdog.note("preparing the data", limit_s=math.inf)
@@ -74,6 +79,7 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: S
     finally:
         error = sys.exc_info()[1]
         monitor.close(failed=error is not None and not isinstance(error, Preempted))
+    lock.release()  # not before another rank's failure: this process then ends at once
     return folder / "summary.json"
 
 
@@ -156,6 +162,9 @@ def _run_stage(
     stop.obey(world, f"before {name}")
     stage = run.stages[name]
     init = world.from_main(lambda: initial_weights(run, name))
+    tokenizer = TextTokenizer(run.data.tokenizer)
+    if init is not None:
+        world.from_main(lambda: refuse_other_model(init, name, config, tokenizer, monitor.warn))
     length = f"{stage.tokens:,} tokens in steps" if stage.tokens else f"{stage.steps} steps"
     monitor.console.print(
         f"[bold]{name}[/bold]: trains {', '.join(stage.trainable)} for {length} of {stage.packs_per_step} packs "
@@ -163,7 +172,7 @@ def _run_stage(
         highlight=False,
     )
     watchdog.note(f"indexing the shards of {name}", limit_s=math.inf)
-    index_data(name, stage.data, TextTokenizer(run.data.tokenizer), monitor)
+    index_data(name, stage.data, tokenizer, monitor)
     stop.obey(world, f"before {name}, its shards indexed")  # ranks meet before limits count again
     progress = Trainer(run, name, init, config, world, monitor, resume).fit(stop, watchdog)
     report = Report({}, {}, [])
@@ -216,14 +225,18 @@ def index_data(name: str, data: DataConfig, tokenizer: TextTokenizer, monitor: M
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _open_run(run: RunConfig, folder: Path, settings: Mapping[str, Any], world: World) -> None:
-    """Make the folder or refuse it; what it tells of the run so far changes only once the new settings are accepted."""
+def _open_run(run: RunConfig, folder: Path, settings: Mapping[str, Any], world: World, lock: RunLock) -> str | None:
+    """Make the folder or refuse it; what it tells of the run so far changes only once the new settings are accepted.
+
+    Returns why no `lock` keeps a second run out, where the file system knows none.
+    """
     for name in run.chain:
         resume = resume_of(run, name, world.restarted)
         if resume != "none":
             refuse_other_settings(run, name, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        unlocked = lock.take(world.restarted)
         write_json(folder / "config.json", dict(settings))
     except OSError as error:
         raise ConfigError(f"run_dir={folder} cannot be written ({error}); choose another folder") from error
@@ -239,6 +252,7 @@ def _open_run(run: RunConfig, folder: Path, settings: Mapping[str, Any], world: 
             "packages": {name: version(name) for name in packages},
         },
     )
+    return unlocked
 
 
 def _git_revision() -> str | None:

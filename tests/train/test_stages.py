@@ -24,6 +24,7 @@ from qwen2vl_train.overrides import load_config
 from qwen2vl_train.stages import _leave_course, _open_run, _summarise
 from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.clock import RunClock
+from qwen2vl_train.training.lock import RunLock
 from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.restart import is_restart, job
 from qwen2vl_train.training.world import World
@@ -81,7 +82,7 @@ def export(run_dir, stage, value):
 
 def begin(run, config):
     """What opening a run writes and refuses, and a stage that begins keeps."""
-    _open_run(run, Path(run.run_dir), config, World(0, 1, 0, torch.device("cpu")))
+    _open_run(run, Path(run.run_dir), config, World(0, 1, 0, torch.device("cpu")), RunLock(Path(run.run_dir)))
     keep_settings(run, "vision")
     checkpoint(Path(run.run_dir), "vision")
 
@@ -111,7 +112,7 @@ def test_other_settings_in_a_begun_stage_are_refused_by_name(tmp_path):
 
 def test_a_first_attempt_that_came_to_nothing_binds_nobody(tmp_path):
     mistaken = demo(tmp_path, "stages.vision.packs_per_step=8")
-    _open_run(mistaken, tmp_path, {}, World(0, 1, 0, torch.device("cpu")))
+    _open_run(mistaken, tmp_path, {}, World(0, 1, 0, torch.device("cpu")), RunLock(tmp_path))
     keep_settings(mistaken, "vision")
     mended = demo(tmp_path, "stages.vision.packs_per_step=4")
     refuse_other_settings(mended, "vision")
@@ -226,6 +227,8 @@ def test_a_named_checkpoint_is_taken_under_other_rates_but_not_with_other_groups
     begin(demo(tmp_path), {})
     taken = f"resume={tmp_path / 'vision' / 'checkpoints' / 'step-00000001'}"
     alone = World(0, 1, 0, torch.device("cpu"))
-    _open_run(demo(tmp_path, taken, "stages.vision.optim.lr.vit=0.5"), tmp_path, {}, alone)
+    _open_run(demo(tmp_path, taken, "stages.vision.optim.lr.vit=0.5"), tmp_path, {}, alone, RunLock(tmp_path))
     with pytest.raises(ConfigError, match=r"\(stages\.vision\.optim\.vit_layer_decay: was 1\.0, is 0\.5\)"):
-        _open_run(demo(tmp_path, taken, "stages.vision.optim.vit_layer_decay=0.5"), tmp_path, {}, alone)
+        _open_run(
+            demo(tmp_path, taken, "stages.vision.optim.vit_layer_decay=0.5"), tmp_path, {}, alone, RunLock(tmp_path)
+        )
