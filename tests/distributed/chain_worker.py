@@ -25,13 +25,13 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGTERM)
 
     class NoTrainer:
-        def __init__(self, run, name, *others) -> None:
-            self._name, self._export = name, Path(run.run_dir) / name / "export"
+        def __init__(self, run, name, init, config, *others) -> None:
+            self._name, self._export, self._config = name, Path(run.run_dir) / name / "export", config
 
         def fit(self, stop, watchdog) -> Progress:
             begin(f"fits {self._name}")
             self._export.mkdir(parents=True, exist_ok=True)
-            (self._export / "config.json").write_text(json.dumps({}))
+            (self._export / "config.json").write_text(json.dumps(self._config.to_hf()))
             return Progress(step=1)
 
     def evaluate(model, *others) -> Report:
