@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import MissingFileError, UserError
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.parts import part_of
 from qwen2vl_train.model.qwen2vl import Qwen2VL
@@ -90,7 +90,7 @@ class InitialValues:
 class HuggingFaceFolder:
     """A folder with `model.safetensors` or a sharded index. Reads only what is asked for.
 
-    Raises FileNotFoundError where neither is there, ValueError where the index names a file that is not.
+    Raises MissingFileError where neither is there, UserError where the index names a file that is not.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -138,12 +138,12 @@ def initialise(
 
 
 def load_hf(model: Qwen2VL, folder: str | Path, rank: int = 0) -> None:
-    """Fill a plain or partitioned model from a Hugging Face folder. Errors as `load`."""
-    load(model, HuggingFaceFolder(folder), rank)
+    """Fill a plain or partitioned model from a Hugging Face folder. Errors as `load` and `HuggingFaceFolder`."""
+    load(model, HuggingFaceFolder(folder), rank, f"the weights in {folder}")
 
 
-def load(model: Qwen2VL, source: TensorSource, rank: int = 0) -> None:
-    """Fill every parameter from `source`, tensor by tensor.
+def load(model: Qwen2VL, source: TensorSource, rank: int = 0, what: str = "weights") -> None:
+    """Fill every parameter from `source`, tensor by tensor; an error calls it `what`.
 
     A parameter partitioned by ZeRO-3 (built under `zero.Init`, before `deepspeed.initialize`) takes the elements of
     partition `rank` only, so a process reads and holds its share of the model and nothing else.
@@ -152,7 +152,12 @@ def load(model: Qwen2VL, source: TensorSource, rank: int = 0) -> None:
     is dropped by rule where the model ties it to the embeddings.
     """
     parameters = dict(model.named_parameters())
-    _check_names(model.config, parameters, source)
+    _check_names(model.config, parameters, source, what)
+    fill(parameters, source, rank)
+
+
+def fill(parameters: Mapping[str, nn.Parameter], source: TensorSource, rank: int = 0) -> None:
+    """Copy what `source` has under each name into that parameter, as `load` does."""
     for name, parameter in parameters.items():
         part = getattr(parameter, "ds_tensor", None)
         if part is None:
@@ -232,7 +237,14 @@ def _locate(folder: Path) -> dict[str, Path]:
         return files
     single = folder / SINGLE_NAME
     if not single.is_file():
-        raise FileNotFoundError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} found")
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        remedy = (
+            f"{', '.join(pickled[:3])} is not read, since a pickle can run code: save the model as safetensors, with "
+            "transformers' save_pretrained"
+            if pickled
+            else "name a folder with weights in safetensors"
+        )
+        raise MissingFileError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} found; {remedy}")
     with _open(single) as handle:
         return dict.fromkeys(handle.keys(), single)
 
@@ -245,7 +257,7 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} ({size:,} bytes) is no whole safetensors file: {error}; copy it again") from error
 
 
-def _check_names(config: ModelConfig, parameters: dict[str, nn.Parameter], source: TensorSource) -> None:
+def _check_names(config: ModelConfig, parameters: dict[str, nn.Parameter], source: TensorSource, what: str) -> None:
     offered = set(source.names()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     problems = [f"missing {name}" for name in sorted(parameters.keys() - offered)]
     problems += [f"unexpected {name}" for name in sorted(offered - parameters.keys())]
@@ -255,7 +267,7 @@ def _check_names(config: ModelConfig, parameters: dict[str, nn.Parameter], sourc
             problems.append(f"{name} has shape {list(found)}, the model wants {list(wanted)}")
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise UserError(f"weights do not fit the model: {shown}")
+        raise UserError(f"{what} do not fit the model: {shown}")
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_pipelines.errors import UserError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.samples import PackedBatch
@@ -230,7 +231,10 @@ class Trainer:
         if self._init is None:
             initialise(model, self._run.seed, rank=self._world.rank)
         else:
-            load_hf(model, self._init, rank=self._world.rank)
+            try:
+                load_hf(model, self._init, rank=self._world.rank)
+            except UserError as error:
+                raise UserError(f"stages.{self._name}.init_from: {error}") from error
         freeze(model, self._stage.trainable)
         parts = audit(model, self._stage.trainable)
         self._monitor.console.print(format_audit(parts), style="dim", highlight=False)

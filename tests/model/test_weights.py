@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
+from data_pipelines.errors import UserError
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import InitialValues, initialise, load, load_hf, model_tensors, save_hf
 from tests.model.builders import (
@@ -100,6 +101,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_and_nothing_is_chang
     before = {name: value.clone() for name, value in again.state_dict().items()}
     with pytest.raises(ValueError, match=r"missing visual\.merger\.ln_q\.bias") as caught:
         load_hf(again, tmp_path)
+    assert str(caught.value).startswith(f"the weights in {tmp_path} do not fit the model: ")
     assert "unexpected model.extra" in str(caught.value)
     assert "model.norm.weight has shape [3], the model wants [64]" in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
@@ -113,6 +115,14 @@ def test_absent_files_are_named(tmp_path):
     next(tmp_path.glob("model-00002-*")).unlink()
     with pytest.raises(ValueError, match="shards missing: model-00002-"):
         load_hf(model, tmp_path)
+
+
+def test_pickled_weights_alone_are_refused_in_one_line_with_the_remedy(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: .*pytorch_model\.bin is not read.* save the model as safetensors"
+    ):
+        load_hf(tiny_model(), tmp_path)
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40_000])
