@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_pipelines.config import DataConfig, SourceConfig
-from data_pipelines.index.build import Counting, keep_side_file
+from data_pipelines.index.build import Counting
 from data_pipelines.index.samples import IndexRow, ShardIndex, index_columns
+from data_pipelines.index.side_files import keep_side_file
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.loader import new_planner, open_sources
 from data_pipelines.samples import Media, MediaRef
@@ -85,7 +86,7 @@ def write_index(folder: Path, counting: Counting, num_samples: int, num_shards: 
         path.write_bytes(number.to_bytes(512, "little") + bytes(9728))
         file = open_shard(str(path))
         arrays, meta = index_columns(captions(number, each, rng))
-        index = ShardIndex(keep_side_file(file, "index", {}, (arrays, meta | nothing)))
+        index = ShardIndex(keep_side_file(file, "index", {}, (arrays, meta | nothing | {"content": ""})))
         text = {"tokens": rng.integers(8, 200, each, np.int32), "truncatable": np.zeros(each, np.uint8)}
         keep_side_file(file, f"text-{counting.name}", {"rows": index.fingerprint}, (text, nothing))
         file.close()

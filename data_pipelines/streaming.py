@@ -235,6 +235,9 @@ class _Carried:
     def read(self, shard: int, row: int) -> tuple[Record, Callable[[str], bytes]]:
         return self.samples[shard, row].read()
 
+    def mismatch(self, shard: int) -> tuple[str, str]:
+        return "plan_mismatch", "defect of this program"
+
     def close(self) -> None:
         self.samples.clear()
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "data_pipelines").rglob("*.py")) + sorted((ROOT / "qwen2vl_train").rglob("*.py"))
 # A layer may import itself and every layer above it in this list.
 ORDER = [
-    ["errors", "samples", "config", "tokenizer", "whole"],
+    ["errors", "samples", "config", "tokenizer", "whole", "processes"],
     ["shards", "decode"],
     ["encode"],
     ["index", "sources"],

@@ -2,7 +2,9 @@
 
 Enters: a shard, and for the text column a tokenizer and template. Leaves: side files in `.index/` beside the shard, or
 in a cache folder where that cannot be written. Costs one pass over the shard's headers and records, and over the media
-whose dimensions the records do not state: about 0.1 ms a sample and 0.05 ms for each media header.
+whose dimensions the records do not state: about 0.1 ms a sample and 0.05 ms for each media header. Where only the time
+of a shard's last change is another (a copy; or a record mended at equal size), its headers and records are compared
+with what was indexed, once.
 
 A sample that cannot be used is left out of the index, or has -1 text tokens, and is listed under `problems`; nothing
 else is lost. Processes that need the same file share the work: a lock a shard, and files appear by rename.
@@ -14,12 +16,11 @@ import fcntl
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from multiprocessing import get_context
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,21 +31,20 @@ from data_pipelines.config import MediaConfig, RemoteConfig, Template
 from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.chat import is_truncatable, tokenize_record
 from data_pipelines.errors import DataError, ShardError
-from data_pipelines.index.layout import measure_sample, read_sample, scan_shard
+from data_pipelines.index.layout import content_digest, measure_sample, read_sample, scan_shard
 from data_pipelines.index.places import side_places
+from data_pipelines.index.progress import Progress, progress_on_stderr
 from data_pipelines.index.read import media_refs
-from data_pipelines.index.roll import Roll
-from data_pipelines.index.samples import FORMAT, IndexRow, ShardIndex, index_columns
-from data_pipelines.index.table import Array, ColumnError, Columns, write_columns
-from data_pipelines.shards.names import is_remote
-from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, open_shard, read_beside
-from data_pipelines.whole import write_whole
+from data_pipelines.index.roll import Roll, forget_rolls
+from data_pipelines.index.samples import IndexRow, ShardIndex, index_columns
+from data_pipelines.index.side_files import Built, find_side_file, has_time_of, keep_side_file
+from data_pipelines.index.table import Columns
+from data_pipelines.processes import map_in_processes
+from data_pipelines.shards.names import is_remote, public_name
+from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, open_shard
 
 if TYPE_CHECKING:
     from data_pipelines.tokenizer import TextTokenizer
-
-Progress = Callable[[str, int, int], None]
-Built = tuple[dict[str, Array], dict[str, Any]]
 
 PARALLEL_FROM_BYTES = 256 << 20
 MAX_LISTED_PROBLEMS = 1000
@@ -74,23 +74,29 @@ class Counting:
         return f"{self.template}{numbered}-{self.tokenizer.fingerprint}-{digest.hexdigest()}"
 
 
-def load_index(shard: str, remote: RemoteConfig = REMOTE_DEFAULTS) -> ShardIndex:
-    """The index of `shard`, built if it is absent or stale.
+def load_index(shard: str, remote: RemoteConfig = REMOTE_DEFAULTS, rebuild: bool = False) -> ShardIndex:
+    """The index of `shard`, built if it is absent or stale, or to be rebuilt.
 
     Raises:
         ShardError: the shard cannot be read.
     """
     with _opened(shard, remote) as file:
-        return ShardIndex(_load_or_build(file, "index", {}, lambda: _build_index(file)))
+        index = None if rebuild else _held_index(file)
+        return index or ShardIndex(keep_side_file(file, "index", {}, _build_index(file)))
 
 
 def load_text_tokens(
-    shard: str, index: ShardIndex, counting: Counting, remote: RemoteConfig = REMOTE_DEFAULTS
+    shard: str,
+    index: ShardIndex,
+    counting: Counting,
+    remote: RemoteConfig = REMOTE_DEFAULTS,
+    rebuild: bool = False,
 ) -> Columns:
     """The text column of `shard`: array `tokens` int32 [n], -1 where the text cannot be encoded (see its problems)."""
+    kind, rows = f"text-{counting.name}", {"rows": index.fingerprint}
     with _opened(shard, remote) as file:
-        rows = {"rows": index.fingerprint}
-        return _load_or_build(file, f"text-{counting.name}", rows, lambda: _count_text(file, index, counting))
+        held = None if rebuild else find_side_file(file, kind, rows)
+        return held or keep_side_file(file, kind, rows, _count_text(file, index, counting))
 
 
 def build_missing(
@@ -99,66 +105,110 @@ def build_missing(
     processes: int | None = None,
     progress: Progress | None = None,
     remote: RemoteConfig = REMOTE_DEFAULTS,
+    rebuild: bool = False,
 ) -> None:
     """Build what is absent or stale for all `shards`; `progress(shard, done, total)` is called after each.
 
-    `counting` None builds the indices alone, `processes` None uses this machine's cores where the shards are large.
+    `counting` None builds the indices alone, `processes` None uses this machine's cores where the shards are large,
+    `progress` None tells on stderr what takes longer than two seconds, `rebuild` builds anew what is there, too.
     Processes of one or several machines may call this at once: each takes the shards that no other is at.
 
     Raises:
         ShardError: a shard cannot be read; the others are finished first.
     """
-    if counting is not None:
-        known = Roll(shards, counting.name, remote).known
-        shards = [shard for shard in shards if shard not in known]
-    # Threads, because a remote shard takes several requests to look at; local ones are done in the same breath.
-    with ThreadPoolExecutor(remote.max_requests if any(map(is_remote, shards)) else 1) as pool:
-        sizes = list(pool.map(lambda shard: _stale_bytes(shard, counting, remote), shards))
-    missing = [shard for shard, size in zip(shards, sizes, strict=True) if size is not None]
-    large = sum(size or 0 for size in sizes) > PARALLEL_FROM_BYTES
-    count = min(len(missing), len(os.sched_getaffinity(0)) if processes is None else processes)
+    if rebuild:
+        forget_rolls(shards)
+    missing, num_bytes = _missing(shards, counting, remote, rebuild)
+    count = len(os.sched_getaffinity(0)) if processes is None else processes
+    count = min(len(missing), count if num_bytes > PARALLEL_FROM_BYTES or processes else 1)
+    build = partial(_build, counting=counting, remote=remote, rebuild=rebuild)
     errors = []
-    results = _build_each(missing, counting, count if large or processes else 1, remote)
-    for done, (shard, error) in enumerate(results, 1):
-        errors += [error] if error is not None else []
-        if progress is not None:
-            progress(shard, done, len(missing))
+    with progress_on_stderr(len(missing), progress) as tell, closing(_build_each(missing, build, count)) as results:
+        for done, (shard, error) in enumerate(results, 1):
+            errors += [error] if error is not None else []
+            tell(shard, done, len(missing))
     if errors:
         raise errors[0]
 
 
+def _missing(
+    shards: Sequence[str], counting: Counting | None, remote: RemoteConfig, rebuild: bool
+) -> tuple[list[str], int]:
+    """The shards to build, and their bytes."""
+    if counting is not None and not rebuild:
+        known = Roll(shards, counting.name, remote).known
+        shards = [shard for shard in shards if shard not in known]
+    # Threads, because a remote shard takes several requests to look at; local ones are done in the same breath.
+    with ThreadPoolExecutor(remote.max_requests if any(map(is_remote, shards)) else 1) as pool:
+        sizes = list(pool.map(lambda shard: _stale_bytes(shard, counting, remote, rebuild), shards))
+    return [shard for shard, size in zip(shards, sizes, strict=True) if size is not None], sum(filter(None, sizes))
+
+
 def _build_each(
-    shards: Sequence[str], counting: Counting | None, processes: int, remote: RemoteConfig
-) -> Iterator[tuple[str, ShardError | None]]:
-    if processes > 1:
-        # Spawned, not forked: the caller may hold threads of torch or CUDA.
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_build, shard, counting, remote): shard for shard in shards}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        return
-    # First what no other process is at; then wait for those that others build.
-    busy = []
-    for shard in shards:
-        with _lock(shard, wait=False) as held:
-            if held:
-                yield shard, _build(shard, counting, remote)
-            else:
-                busy.append(shard)
-    for shard in busy:
-        with _lock(shard, wait=True):
-            yield shard, _build(shard, counting, remote)
+    shards: Sequence[str], build: Callable[[tuple[str, bool]], _Outcome], processes: int
+) -> Generator[tuple[str, ShardError | None], None, None]:
+    """Each shard with what is wrong with it: first those that no other process is at, then those that others build."""
+    for wait in (False, True):
+        tasks = [(shard, wait) for shard in shards]
+        results: Generator[tuple[tuple[str, bool], _Outcome], None, None]
+        if processes > 1:
+            results = map_in_processes(build, tasks, processes, _lost)
+        else:
+            results = ((task, build(task)) for task in tasks)
+        busy = []
+        with closing(results):
+            for (shard, _), outcome in results:
+                if outcome.done:
+                    yield shard, outcome.error
+                else:
+                    busy.append(shard)
+        shards = busy
 
 
-def _build(shard: str, counting: Counting | None, remote: RemoteConfig) -> ShardError | None:
-    """Build both side files of one shard; an unreadable shard is returned, so that the others go on."""
-    try:
-        index = load_index(shard, remote)
-        if counting is not None:
-            load_text_tokens(shard, index, counting, remote)
-    except ShardError as error:
-        return error
-    return None
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """`done`, or another process is at it; an unreadable shard is an `error` of its own, so that the others go on."""
+
+    done: bool = True
+    error: ShardError | None = None
+
+
+def _build(task: tuple[str, bool], counting: Counting | None, remote: RemoteConfig, rebuild: bool) -> _Outcome:
+    """Build both side files of one (shard, whether to wait for others that are at it)."""
+    shard, wait = task
+    with _lock(shard, wait) as held:
+        if not held:
+            return _Outcome(done=False)
+        try:
+            index = load_index(shard, remote, rebuild)
+            if counting is not None:
+                load_text_tokens(shard, index, counting, remote, rebuild)
+        except ShardError as error:
+            return _Outcome(error=error)
+    return _Outcome()
+
+
+def _lost(task: tuple[str, bool], code: int) -> _Outcome:
+    shard = public_name(task[0])
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
+    message = f"the process that indexed it {how}: out of memory? `qwen2vl-data check` finds a sample that ends it"
+    return _Outcome(error=ShardError(shard, "index_crashed", message))
+
+
+def is_as_indexed(file: ShardFile, index: ShardIndex) -> bool:
+    """Whether all that the index goes by is still so. Costs a pass over headers and records."""
+    return content_digest(scan_shard(file), file) == str(index.columns.meta["content"])
+
+
+def _held_index(file: ShardFile) -> ShardIndex | None:
+    """The index that is there, if it still belongs to the shard."""
+    held = find_side_file(file, "index", {})
+    if held is None or has_time_of(held, file):
+        return None if held is None else ShardIndex(held)
+    # Of the same size and tag, but changed or copied since: blocks between those that the tag looks at may be others.
+    if not is_as_indexed(file, ShardIndex(held)):
+        return None
+    return ShardIndex(keep_side_file(file, "index", {}, (held.arrays, held.meta)))
 
 
 def _build_index(file: ShardFile) -> Built:
@@ -180,7 +230,7 @@ def _index_samples(file: ShardFile, clips: ClipDecoder) -> Built:
         medias = [(record.media[ref.name], ref) for ref in media_refs(record)]
         rows.append(IndexRow(sample.key, record.task, sample.members, medias))
     arrays, meta = index_columns(rows)
-    return arrays, {**meta, **_listed(problems)}
+    return arrays, {**meta, "content": content_digest(scan, file), **_listed(problems)}
 
 
 def _count_text(file: ShardFile, index: ShardIndex, counting: Counting) -> Built:
@@ -219,66 +269,17 @@ def _opened(shard: str, remote: RemoteConfig) -> Iterator[ShardFile]:
         file.close()
 
 
-def _load_or_build(file: ShardFile, kind: str, facts: dict[str, Any], build: Callable[[], Built]) -> Columns:
-    identity = {**_identity(file), **facts}
-    fresh = _find(file.name, kind, identity) or _find_published(file, kind, identity)
-    if fresh is not None:
-        return fresh
-    return keep_side_file(file, kind, facts, build())
-
-
-def keep_side_file(file: ShardFile, kind: str, facts: Mapping[str, Any], built: Built) -> Columns:
-    """Write what was built where it belongs, with what says which content and `facts` it belongs to."""
-    identity = {**_identity(file), **facts}
-    arrays, meta = built
-    *beside, spare = side_places(file.name, kind)
-    for path in beside:
-        with suppress(OSError):  # a read-only data set
-            write_columns(path, arrays, {**meta, **identity})
-            return Columns(path)
-    write_columns(spare, arrays, {**meta, **identity})
-    return Columns(spare)
-
-
-def _identity(file: ShardFile) -> dict[str, Any]:
-    """What says that a side file belongs to this content."""
-    return {"format": FORMAT, "size": file.size, "tag": file.tag()}
-
-
-def _find(shard: str, kind: str, identity: dict[str, Any]) -> Columns | None:
-    """A side file that belongs to exactly this content, or None."""
-    for path in side_places(shard, kind):
-        try:
-            columns = Columns(path)
-        except ColumnError:
-            continue
-        if all(columns.meta.get(name) == value for name, value in identity.items()):
-            return columns
-    return None
-
-
-def _find_published(file: ShardFile, kind: str, identity: dict[str, Any]) -> Columns | None:
-    """A side file that was uploaded with a remote shard (`.index/` beside it), copied into the cache; or None."""
-    if not is_remote(file.name):
-        return None
-    data = read_beside(file, f".index/{os.path.basename(file.name)}.{kind}")
-    if data is None:
-        return None
-    (path,) = side_places(file.name, kind)
-    write_whole(path, data)
-    return _find(file.name, kind, identity)
-
-
-def _stale_bytes(shard: str, counting: Counting | None, remote: RemoteConfig) -> int | None:
+def _stale_bytes(shard: str, counting: Counting | None, remote: RemoteConfig, rebuild: bool) -> int | None:
     """The size of a shard whose side files are absent or stale; None: they are fresh; 0: it cannot be read."""
     try:
         with _opened(shard, remote) as file:
-            identity = _identity(file)
-            index = _find(shard, "index", identity)
-            if index is None or counting is None:
-                return file.size if index is None else None
-            identity["rows"] = ShardIndex(index).fingerprint
-            return None if _find(shard, f"text-{counting.name}", identity) else file.size
+            held = None if rebuild else find_side_file(file, "index", {}, published=False)
+            if held is None or not has_time_of(held, file):
+                return file.size
+            if counting is None:
+                return None
+            rows = {"rows": ShardIndex(held).fingerprint}
+            return None if find_side_file(file, f"text-{counting.name}", rows, published=False) else file.size
     except ShardError:
         return 0
 

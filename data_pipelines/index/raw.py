@@ -19,7 +19,7 @@ from data_pipelines.index.build import load_index
 from data_pipelines.index.read import read_member
 from data_pipelines.index.samples import ShardIndex
 from data_pipelines.shards.lines import read_line
-from data_pipelines.shards.names import file_of, is_lines, is_remote
+from data_pipelines.shards.names import changed_since, file_of, is_lines, is_remote
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, expand_shards, open_shard
 from data_pipelines.shards.tar import BLOCK, Member
 
@@ -46,12 +46,12 @@ def raw_samples(patterns: Sequence[str], remote: RemoteConfig = REMOTE_DEFAULTS)
 def _view_each(shard: str, index: ShardIndex) -> Iterator[tuple[str, RawMembers]]:
     data, crc32 = memoryview(_map(shard)), zlib.crc32
     if len(data) != index.columns.meta["size"]:
-        raise ShardError(shard, "shard_changed", "its size changed after it was indexed; restart")
+        raise ShardError(shard, "shard_changed", changed_since(shard))
     for key, spans in index.spans():
         members = {}
         for name, offset, size, crc in spans:
             if crc32(data[offset - BLOCK : offset]) != crc:
-                raise MediaError(key, "shard_changed", f"{name}: {shard} was replaced after it was indexed; restart")
+                raise MediaError(key, "shard_changed", f"{name}: {changed_since(shard)}")
             members[name] = data[offset : offset + size]
         yield key, members
 

@@ -19,6 +19,7 @@ from data_pipelines.decode.regions import check_bounds
 from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.errors import MediaError, RecordError
 from data_pipelines.samples import Media, MediaRef, Record
+from data_pipelines.shards.names import changed_since
 from data_pipelines.shards.storage import ShardFile
 from data_pipelines.shards.tar import BLOCK, Member
 
@@ -35,9 +36,7 @@ def read_member(key: str, name: str, member: Member, file: ShardFile) -> bytes:
         raise MediaError(key, "media_too_big", f"{name} has {member.size} bytes, limit {MAX_MEDIA_BYTES}")
     data = file.read(member.offset - BLOCK, member.size + BLOCK)
     if zlib.crc32(data[:BLOCK]) != member.crc:
-        raise MediaError(
-            key, "shard_changed", f"{name}: {file.name} was replaced after it was indexed; restart the run"
-        )
+        raise MediaError(key, "shard_changed", f"{name}: {changed_since(file.name)}")
     return data[BLOCK:]
 
 

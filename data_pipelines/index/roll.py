@@ -10,6 +10,7 @@ is every shard when its samples are needed. It lies in `.index/` with the side f
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter, defaultdict
@@ -27,33 +28,47 @@ from data_pipelines.shards.names import file_of, is_remote, public_name, split_n
 from data_pipelines.shards.storage import REMOTE_DEFAULTS
 from data_pipelines.whole import write_whole
 
-_FORMAT = 1
+_FORMAT = 2
 # Size, and times of the last change of the content and of the file; or size and version.
 Stamp = list[int | str]
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Samples of shards: `num_samples` in the index, `usable` ones among them, and those `left_out`, by reason."""
+    """Samples of shards: `num_samples` in the index, `usable` ones among them, and those `left_out`, by reason.
+
+    `marks` of the shards' contents, in their order; see `ShardIndex.mark`.
+    """
 
     num_samples: int
     usable: int
     left_out: Counter[str]
+    marks: tuple[str, ...]
 
     @staticmethod
     def sum(parts: Iterable[Counts]) -> Counts:
         """The counts of all parts together."""
-        num_samples, usable, left_out = 0, 0, Counter[str]()
+        num_samples, usable, left_out, marks = 0, 0, Counter[str](), list[str]()
         for part in parts:
             num_samples, usable = num_samples + part.num_samples, usable + part.usable
             left_out.update(part.left_out)
-        return Counts(num_samples, usable, left_out)
+            marks += part.marks
+        return Counts(num_samples, usable, left_out, tuple(marks))
+
+
+def forget_rolls(shards: Sequence[str]) -> None:
+    """Delete the rolls of the shards' folders, whatever counted the text: these are to be looked into again."""
+    for folder in {_folder(shard) for shard in shards}:
+        for place in _places(folder, ""):
+            for path in place.parent.glob(f"{glob.escape(place.name)}*"):
+                with suppress(OSError):  # a read-only data set
+                    path.unlink()
 
 
 class Roll:
     """The counts of those of `shards` that are `known` and unchanged.
 
-    `name` distinguishes what counts text; see `build.Counting.name`. `sizes` are the bytes of all that can be opened.
+    `name` distinguishes what counts text; see `build.Counting.name`.
     """
 
     def __init__(self, shards: Sequence[str], name: str, remote: RemoteConfig = REMOTE_DEFAULTS) -> None:
@@ -61,17 +76,17 @@ class Roll:
         self._name = name
         # Taken before anything is counted: a shard that is replaced meanwhile is not taken for the one counted.
         self._stamps = _stamps(shards, remote)
-        self.sizes = {shard: int(stamp[0]) for shard, stamp in self._stamps.items()}
         self._folders: dict[str, list[str]] = defaultdict(list)
         for shard in self._stamps:
-            self._folders[os.path.dirname(file_of(public_name(shard)))].append(shard)
+            self._folders[_folder(shard)].append(shard)
         for folder, mine in self._folders.items():
-            for path in self._places(folder):
+            for path in _places(folder, self._name):
                 entries = _load(path)
                 for shard in mine:
                     entry = entries.get(_name(shard))
                     if entry is not None and entry["stamp"] == self._stamps[shard]:
-                        self.known[shard] = Counts(entry["samples"], entry["usable"], Counter(entry["left_out"]))
+                        left_out = Counter(entry["left_out"])
+                        self.known[shard] = Counts(entry["samples"], entry["usable"], left_out, (entry["mark"],))
 
     def add(self, counted: Mapping[str, Counts]) -> None:
         """Put what was counted on the rolls of its folders.
@@ -85,18 +100,24 @@ class Roll:
                     "samples": counted[shard].num_samples,
                     "usable": counted[shard].usable,
                     "left_out": counted[shard].left_out,
+                    "mark": counted[shard].marks[0],
                 }
                 for shard in mine
                 if shard in counted
             }
-            for path in self._places(folder) if new else ():
+            for path in _places(folder, self._name) if new else ():
                 with suppress(OSError):  # a read-only data set
                     content = {"format": _FORMAT, "shards": {**_load(path), **new}}
                     write_whole(path, json.dumps(content, separators=(",", ":")).encode())
                     break
 
-    def _places(self, folder: str) -> list[Path]:
-        return side_places(os.path.join(folder, "shards"), f"roll-{self._name}")
+
+def _folder(shard: str) -> str:
+    return os.path.dirname(file_of(public_name(shard)))
+
+
+def _places(folder: str, name: str) -> list[Path]:
+    return side_places(os.path.join(folder, "shards"), f"roll-{name}")
 
 
 def _stamps(shards: Sequence[str], remote: RemoteConfig) -> dict[str, Stamp]:

@@ -20,7 +20,7 @@ from data_pipelines.index.table import Array, Columns, text_column
 from data_pipelines.samples import Media, MediaRef
 from data_pipelines.shards.tar import Member
 
-FORMAT = 2
+FORMAT = 3
 KINDS = ("image", "video")
 
 
@@ -37,7 +37,8 @@ class IndexRow:
 class ShardIndex:
     """The samples of one shard, read from its mapped index. Row numbers count usable samples in tar order.
 
-    Attributes: `num_samples` n; `fingerprint` of which samples stand in which rows (a text column belongs to one);
+    Attributes: `num_samples` n; `fingerprint` of which samples stand in which rows, of their records, headers and media
+    facts (a text column belongs to one); `mark`, by which a plan knows the shard again: size and fingerprint;
     `problems` [(key, reason, message)] of what was left out and why; `unlisted` counts by reason those beyond the list.
     """
 
@@ -45,7 +46,8 @@ class ShardIndex:
         self.columns = columns
         self.arrays = columns.arrays
         self.num_samples: int = columns.meta["num_samples"]
-        self.fingerprint: str = columns.meta["rows"]
+        self.fingerprint: str = f"{columns.meta['rows']}-{columns.meta['content']}"
+        self.mark: str = f"{columns.meta['size']}-{self.fingerprint}"
         self.problems: list[tuple[str, str, str]] = [tuple(problem) for problem in columns.meta["problems"]]
         self.unlisted: dict[str, int] = columns.meta["unlisted"]
         self._names: list[str] = columns.meta["names"]
@@ -146,8 +148,9 @@ def index_columns(rows: Sequence[IndexRow]) -> tuple[dict[str, Array], dict[str,
         "part_fps": np.array([math.nan if ref.fps is None else ref.fps for _, ref in media], np.float64),
         "part_nframes": np.array([_stored(ref.nframes) for _, ref in media], np.int64),
     }
-    digest = hashlib.blake2b(arrays["key_bytes"].tobytes(), digest_size=8)
-    digest.update(arrays["key_ends"].tobytes())
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays.values():
+        digest.update(array.tobytes())
     meta = {"num_samples": len(rows), "rows": digest.hexdigest(), "names": names.listed, "tasks": tasks.listed}
     return arrays, meta
 

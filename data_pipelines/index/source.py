@@ -16,13 +16,13 @@ from functools import cached_property
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
-from data_pipelines.index.build import Counting, load_index, load_text_tokens
+from data_pipelines.index.build import Counting, is_as_indexed, load_index, load_text_tokens
 from data_pipelines.index.layout import read_sample
 from data_pipelines.index.roll import Counts, Roll
 from data_pipelines.index.samples import ShardIndex
 from data_pipelines.index.table import Array
 from data_pipelines.samples import Media, MediaRef, Record
-from data_pipelines.shards.names import file_of, is_remote, public_name
+from data_pipelines.shards.names import changed_since, file_of, is_remote, public_name
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, OpenShards, fetch_ranges
 from data_pipelines.shards.tar import BLOCK
 
@@ -46,7 +46,7 @@ class ShardTable:
     def counts(self) -> Counts:
         """Its samples, counted."""
         left_out = Counter(reason for _, reason, _ in self.problems) + self.unlisted
-        return Counts(self.index.num_samples, int((self.text_tokens >= 0).sum()), left_out)
+        return Counts(self.index.num_samples, int((self.text_tokens >= 0).sum()), left_out, (self.index.mark,))
 
 
 class SourceIndex:
@@ -65,7 +65,7 @@ class SourceIndex:
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._files = OpenShards(remote=remote)
         self._counts: Counts | None = None
-        self._remote_sizes: dict[str, int] = {}
+        self._as_indexed: dict[int, bool] = {}
 
     def __reduce__(self) -> tuple[type[SourceIndex], tuple[str, tuple[str, ...], Counting, RemoteConfig]]:
         return SourceIndex, (self.name, self.shards, self.counting, self.remote)
@@ -91,15 +91,18 @@ class SourceIndex:
             missing = [number for number, shard in enumerate(self.shards) if shard not in roll.known]
             counted = {self.shards[number]: self.table(number).counts() for number in missing}
             roll.add(counted)
-            self._remote_sizes = {shard: size for shard, size in roll.sizes.items() if is_remote(shard)}
-            self._counts = Counts.sum([*roll.known.values(), *counted.values()])
+            self._counts = Counts.sum((roll.known.get(shard) or counted[shard]) for shard in self.shards)
         return self._counts
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which shards in which order, by file name and size: a data set that was moved stays the same."""
-        sizes = [self._size(number) for number in range(self.num_shards)]
-        shards = [f"{_base_name(shard)} {size}" for shard, size in zip(self.shards, sizes, strict=True)]
+        """Which shards in which order, by file name and content: a data set that was moved stays the same.
+
+        Raises:
+            ShardError: a shard cannot be read.
+        """
+        marks = self.counts().marks
+        shards = [f"{_base_name(shard)} {mark}" for shard, mark in zip(self.shards, marks, strict=True)]
         return hashlib.blake2b("\n".join(shards).encode(), digest_size=8).hexdigest()
 
     def table(self, shard: int) -> ShardTable:
@@ -165,17 +168,21 @@ class SourceIndex:
         if ranges:
             fetch_ranges(ranges, self.remote)
 
+    def mismatch(self, shard: int) -> tuple[str, str]:
+        """Reason and cause where a sample's encoding is not as planned: the shard was changed, else a defect."""
+        path = self.shards[shard]
+        if is_remote(path):
+            return "plan_mismatch", f"a defect of this program, unless {changed_since(path)}"
+        if shard not in self._as_indexed:
+            self._as_indexed[shard] = is_as_indexed(self._files.get(path), self.table(shard).index)
+        if self._as_indexed[shard]:
+            return "plan_mismatch", "defect of this program"
+        return "shard_changed", changed_since(path)
+
     def close(self) -> None:
         """Close the shards and forget the tables; both open again when needed."""
         self._files.close()
         self._tables.clear()
-
-    def _size(self, shard: int) -> int:
-        """Bytes of a shard; of a remote one as its server or its index said before, which spares a request."""
-        path = self.shards[shard]
-        if not is_remote(path):
-            return os.path.getsize(file_of(path))
-        return self._remote_sizes.get(path) or int(self.table(shard).index.columns.meta["size"])
 
 
 def _base_name(shard: str) -> str:

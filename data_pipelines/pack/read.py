@@ -39,6 +39,10 @@ class SampleSource(Protocol):
         """A sample's record, and a function that reads a media member by name."""
         ...
 
+    def mismatch(self, shard: int) -> tuple[str, str]:
+        """Reason and cause, for the ledger, where a sample's encoding is not as planned."""
+        ...
+
     def close(self) -> None:
         """Give back what is open."""
         ...
@@ -83,7 +87,8 @@ class PackReader(Dataset[PackedBatch]):
             except DataError as error:
                 events.append(LedgerEvent(name, error.key, error.reason, error.message))
             except PlanMismatch as error:
-                events.append(LedgerEvent(name, self.key(item), "plan_mismatch", f"defect of this program: {error}"))
+                reason, cause = self.sources[item.source].mismatch(item.shard)
+                events.append(LedgerEvent(name, self.key(item), reason, f"{cause}: {error}"))
             except Exception as error:
                 # Decoders raise what they like on broken bytes; one sample must not end a run. It is counted by type.
                 message = f"{type(error).__name__}: {error}"

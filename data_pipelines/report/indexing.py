@@ -65,6 +65,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--max-patches", type=int, default=PlanConfig.max_patches, help="its patches (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=MediaConfig.max_pixels, help="of a still image (%(default)s)")
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
+    parser.add_argument("--rebuild", action="store_true", help="index anew what is indexed: after changes in place")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if anything would be left out")
     add_remote_options(parser)
     parser.set_defaults(run=run)
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     shards = expand_shards("", options.shards, remote)
     counting = Counting(TextTokenizer(options.tokenizer), options.template) if options.tokenizer else None
     with index_progress() as progress:
-        build_missing(shards, counting, options.processes, progress, remote)
+        build_missing(shards, counting, options.processes, progress, remote, options.rebuild)
     media = MediaConfig(max_pixels=options.max_pixels, min_pixels=min(MediaConfig.min_pixels, options.max_pixels))
     plan = PlanConfig(max_tokens=options.max_tokens, max_patches=options.max_patches)
     survey = survey_shards(shards, counting, media, plan, remote)

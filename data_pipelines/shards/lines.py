@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from data_pipelines.config import MAX_RECORD_BYTES
 from data_pipelines.errors import ShardError
-from data_pipelines.shards.names import file_of
+from data_pipelines.shards.names import changed_since, file_of
 from data_pipelines.shards.storage import ShardFile
 from data_pipelines.shards.tar import Member, TarSample, TarScan
 
@@ -49,9 +49,7 @@ def read_line(key: str, member: Member, file: ShardFile) -> bytes:
     """
     data = file.read(member.offset, member.size)
     if zlib.crc32(data) != member.crc:
-        # A change of some bytes amid a large file leaves its tag as it was: a restart alone might not notice.
-        message = f"{file.name} was changed after it was indexed; delete its index (.index/ beside it) and restart"
-        raise ShardError(key, "shard_changed", message)
+        raise ShardError(key, "shard_changed", changed_since(file.name))
     return data
 
 

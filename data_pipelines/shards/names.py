@@ -24,6 +24,15 @@ def public_name(shard: str) -> str:
     return shard.partition("?")[0] if is_remote(shard) else shard
 
 
+def changed_since(shard: str) -> str:
+    """A clause for messages: the shard is not the one that was indexed, and what to do."""
+    name = os.path.basename(file_of(public_name(shard)))
+    return (
+        f"{public_name(shard)} was changed after it was indexed: start again, which indexes it anew (if its size and "
+        f"time were kept, run `qwen2vl-data index --rebuild` on it first, or delete .index/{name}.* beside it)"
+    )
+
+
 def is_lines(shard: str) -> bool:
     """Whether `shard` is a file of JSON lines with its media beside it, rather than a tar."""
     return split_name(shard)[0].lower().endswith(LINES_EXTENSIONS)

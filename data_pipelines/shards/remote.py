@@ -51,6 +51,7 @@ class RemoteFile:
                 self.name, "unknown_size", "its server does not tell its size: read it with reader: webdataset"
             )
         self.size: int = facts["size"]
+        self.time_ns = 0
         self.version = next((str(facts[name]) for name in _VERSIONS if facts.get(name)), "")
         digest = hashlib.blake2b(f"{self.name}\n{self.size}\n{self.version}\n{self._block}".encode(), digest_size=12)
         self._key = digest.hexdigest()

@@ -23,10 +23,14 @@ REMOTE_DEFAULTS = RemoteConfig()
 
 
 class ShardFile(Protocol):
-    """A shard that can be read at any place. `size` in bytes; `tag` changes when the content does, not its time."""
+    """A shard that can be read at any place. `size` in bytes; `tag` changes when the content does, not its time.
+
+    `time_ns` is when it was last changed, 0 where only a server could say.
+    """
 
     name: str
     size: int
+    time_ns: int
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`, or ShardError."""
@@ -50,7 +54,8 @@ class LocalFile:
             self._descriptor = os.open(file_of(path), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ShardError(path, "unreadable_shard", f"cannot be opened: {error.strerror}") from error
-        self.size = os.fstat(self._descriptor).st_size
+        facts = os.fstat(self._descriptor)
+        self.size, self.time_ns = facts.st_size, facts.st_mtime_ns
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`.

@@ -160,14 +160,17 @@ def test_samples_are_read_through_the_index(source, tiny):
     assert source.table(0).text_tokens[1] == len(tiny.tokenizer.encode("a dog")) + 1
 
 
-def test_an_index_outlives_a_copy_and_dies_with_the_content(source, tmp_path):
+def test_an_index_outlives_a_copy_and_dies_with_the_content(source, tmp_path, monkeypatch):
     shard = source.shards[0]
     load_index(shard)
     side = tmp_path / ".index" / "s-00000.tar.index"
-    built = side.stat().st_mtime_ns
-    os.utime(shard, (1, 1))
-    load_index(shard)
-    assert side.stat().st_mtime_ns == built
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "_build_index", lambda file: pytest.fail("built again"))
+        os.utime(shard, (1, 1))
+        assert load_index(shard).num_samples == 2
+        compared = side.stat().st_mtime_ns  # its time is noted now: it is compared once
+        assert load_index(shard).num_samples == 2
+        assert side.stat().st_mtime_ns == compared
     with ShardWriter(tmp_path, "s") as writer:
         writer.write("b/1", {"text": "a cat"}, {})
     assert [load_index(shard).key(0)] == ["b/1"]
