@@ -18,6 +18,8 @@ from data_pipelines.plan.mixture import Phase
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.rows import fold, unfold
 
+CHANGES_NAME = "data_changes.jsonl"  # in a stage's folder: the changes that a resume accepted, each with its new state
+
 
 class SourceFacts(NamedTuple):
     """What a plan depends on of a source: its shards (number, and a hash of names and sizes) and its share, as text."""

@@ -14,11 +14,12 @@ import numpy.typing as npt
 from data_pipelines.config import MediaConfig, PlanConfig
 from data_pipelines.encode.budget import MAX_ASPECT, TOKEN_PIXELS, TOKEN_SIDE, plan_media
 from data_pipelines.errors import DataError
-from data_pipelines.index.source import ShardTable
+from data_pipelines.index.source import ShardTable, SourceIndex
 from data_pipelines.samples import LedgerEvent
 
 IntArray = npt.NDArray[np.int64]
 PATCHES_PER_TOKEN = 4
+_COUNTED_SAMPLES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,18 @@ def sample_lengths(
         events.append(_too_long(source, table.index.key(int(rows[i])), int(tokens[i]), int(patches[i]), plan))
         tokens[i] = -1
     return Lengths(tokens, patches, pairs), events
+
+
+def count_usable(source: SourceIndex, media: MediaConfig, plan: PlanConfig) -> int:
+    """How many of a source's samples fit a pack. Beyond a million, the first shards stand for the others."""
+    usable = counted = 0
+    for shard in range(source.num_shards):
+        table = source.table(shard)
+        lengths, _ = sample_lengths(source.name, table, np.arange(table.index.num_samples), media, plan)
+        usable, counted = usable + int((lengths.tokens > 0).sum()), counted + len(lengths.tokens)
+        if counted >= _COUNTED_SAMPLES:
+            break
+    return round(usable * source.num_samples / max(1, counted))
 
 
 def _natural_sums(table: ShardTable, rows: IntArray, media: MediaConfig) -> tuple[IntArray, IntArray]:

@@ -145,7 +145,9 @@ class LengthsOnly:
             arrays = {f"media_{name}": np.zeros(0, np.int64) for name in names}
             arrays |= {f"part_{name}": np.zeros(0, np.int64) for name in parts}
             arrays |= {"media_ends": np.zeros(1000, np.uint64), "task": np.zeros(1000, np.uint32)}
-            index = SimpleNamespace(num_samples=1000, arrays=arrays, task=lambda row: self.name)
+            index = SimpleNamespace(
+                num_samples=1000, arrays=arrays, task=lambda row: self.name, key=str, media=lambda row: ()
+            )
             self._tables[shard] = ShardTable(index, lengths, np.zeros(1000, np.uint8), (), Counter())
         return self._tables[shard]
 
@@ -251,6 +253,20 @@ def test_packs_of_one_task_kind_hold_no_other(tiny):
     packs = [plan.next_pack() for _ in range(40)]
     assert all(len({item.task for item in pack.items}) == 1 for pack in packs)
     assert {pack.items[0].task for pack in packs} == {0, 1}
+
+
+def test_epochs_count_the_samples_that_fit(tiny):
+    """Every second sample of one source is too long; with one epoch each, both begin their second one together."""
+    half = LengthsOnly("half", lambda rng, n: np.tile([30, 200], n // 2))
+    whole = LengthsOnly("whole", lambda rng, n: np.full(n, 30))
+    once = {name: SourceConfig(("x",), epochs=1.0) for name in ("half", "whole")}
+    plan = new_planner(replace(tiny.config(max_tokens=64), sources=once), [half, whole], 0)
+    assert plan.phases == (Phase(0, (20_000.0, 40_000.0)),)
+    drawn, pack = Counter(), plan.next_pack()
+    while all(item.epoch == 0 for item in pack.items):
+        drawn.update(item.source for item in pack.items)
+        pack = plan.next_pack()
+    assert [drawn[0], drawn[1]] == pytest.approx([20_000, 40_000], abs=20)
 
 
 def test_single_packing_keeps_every_document_alone(tiny):
