@@ -138,21 +138,41 @@ class CostPacker:
             pack.append(item)
             tokens, patches, spent = tokens - item.tokens, patches - item.patches, spent + cost
             self._draw(source)
-            below_mean = spent * self._sum_tokens < self._sum_cost * (self._max_tokens - tokens)
-            found = self._best_fit(below_mean, tokens, patches)
-            if found is None:
-                found = self._best_fit(not below_mean, tokens, patches)
-            if found is None:
+            chosen = self._choose(
+                spent * self._sum_tokens < self._sum_cost * (self._max_tokens - tokens), tokens, patches
+            )
+            if chosen is None:
                 return pack
-            arrival = found
+            arrival = chosen
 
-    def _best_fit(self, dear: bool, tokens: int, patches: int) -> int | None:
-        """Take the longest item of one kind that fits from its list; its arrival number."""
+    def _choose(self, dear: bool, tokens: int, patches: int) -> int | None:
+        """Take the best fit of the wanted kind from its list, else of the other; its arrival number.
+
+        Of two that cost alike by the token, the longer: where all samples do, packs are as full as the pool's.
+        """
+        wanted, other = (self._place(kind, tokens, patches) for kind in (dear, not dear))
+        if wanted < 0 and other < 0:
+            return None
+        if wanted >= 0 and other >= 0:
+            mine, theirs = self._ranked[dear][wanted], self._ranked[not dear][other]
+            if theirs >> ORDER_BITS > mine >> ORDER_BITS and self._alike(mine & ARRIVAL, theirs & ARRIVAL):
+                wanted = -1
+        kind, place = (dear, wanted) if wanted >= 0 else (not dear, other)
+        return self._ranked[kind].pop(place) & ARRIVAL
+
+    def _place(self, dear: bool, tokens: int, patches: int) -> int:
+        """The place of one kind's longest sample that fits; -1 where there is none."""
         ranked = self._ranked[dear]
         place = bisect_left(ranked, (tokens + 1) << ORDER_BITS) - 1
         while place >= 0 and self._items[ranked[place] & ARRIVAL][0].patches > patches:
             place -= 1
-        return ranked.pop(place) & ARRIVAL if place >= 0 else None
+        return place
+
+    def _alike(self, one: int, two: int) -> bool:
+        """Whether two samples cost the same by the token, to within a tenth."""
+        (a, cost_a, _), (b, cost_b, _) = self._items[one], self._items[two]
+        x, y = cost_a * b.tokens, cost_b * a.tokens
+        return 10 * abs(x - y) <= max(x, y)
 
     def _draw(self, source: Iterator[Item]) -> None:
         item = next(source)
