@@ -29,6 +29,8 @@ from qwen2vl_train.config import EngineConfig, OptimConfig
 from qwen2vl_train.model.head import LossOutput
 from qwen2vl_train.model.language import DecoderLayer
 from qwen2vl_train.model.vision import VisionBlock
+from qwen2vl_train.model.weights import fill
+from qwen2vl_train.training.frozen import FrozenParts
 from qwen2vl_train.training.optim import build_optimizer
 from qwen2vl_train.training.world import World
 
@@ -210,12 +212,13 @@ class Engine:
         for group, kept in zip(self._engine.basic_optimizer.param_groups, settings, strict=True):
             group.update(kept)
 
-    def load_universal(self, folder: Path) -> None:
-        """Restore a universal checkpoint (converted from any world size) under `folder`/engine. Collective.
+    def load_universal(self, folder: Path, written: Path) -> None:
+        """Restore a universal checkpoint under `folder`/engine, converted from the one in `written`. Collective.
 
         Mends what DeepSpeed 0.19.8 leaves wrong in silence: it gives every group the first group's settings (see
         `load`), and all groups one shared `step` tensor, which AdamW then advances once per group. Frozen parameters
-        are not in a universal checkpoint: they keep the values that the model was built with.
+        are not in a universal checkpoint and would keep the values that the model was built with: they come from
+        `written`.
         """
         self._engine._config.load_universal_checkpoint = True
         try:
@@ -225,6 +228,15 @@ class Engine:
         for state in self._engine.basic_optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+        named = self._engine.module.named_parameters()
+        frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
+        if not frozen:
+            return
+        if self._zero_stage == 3:
+            self._optimizer.checkpoint_event_prologue()  # partitions what is kept whole on every rank
+        fill(frozen, FrozenParts(written / "engine"), self._world.rank)
+        if self._zero_stage == 3:
+            self._optimizer.checkpoint_event_epilogue()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and full value, one at a time (a host copy on rank 0; empty elsewhere). Collective.

@@ -1,7 +1,9 @@
 """One rank of the tests of engine and checkpoints without the loop around them: trains on hand-made packs and saves.
 
 Usage (under torchrun): store_worker FOLDER/main/checkpoints OPTIONS.json   Keys of the options, all optional:
-    zero_stage, steps: the step to train to, from the checkpoint that `resume` finds (default auto)
+    zero_stage; whole: elements below which ZeRO-3 keeps a parameter on every rank
+    steps: the step to train to, from the checkpoint that `resume` finds (default auto)
+    trainable: the parts that train (default all)     seed: of the initial weights
     every: a checkpoint each so many steps     rate, weight_decay, betas: of AdamW     out: file of losses and weights
     kill: {"rank": r, "step": s} ends that rank by SIGKILL while the others write the checkpoint of step s
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 
 from qwen2vl_train.config import CheckpointConfig, EngineConfig, LearningRates, OptimConfig
+from qwen2vl_train.model.parts import freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise
 from qwen2vl_train.training.checkpoint import CheckpointStore
@@ -32,10 +35,12 @@ PACKS = 4
 
 def build(world: World, options: dict) -> Engine:
     zero_stage, rate = options.get("zero_stage", 3), options.get("rate", 1e-3)
-    config = EngineConfig(zero_stage, "fp32", param_persistence_threshold=0, prefetch_bucket_size=100_000)
+    whole = options.get("whole", 0)
+    config = EngineConfig(zero_stage, "fp32", param_persistence_threshold=whole, prefetch_bucket_size=100_000)
     with building(config, world):
         model = Qwen2VL(CONFIG)
-    initialise(model, seed=1, rank=world.rank)
+    initialise(model, seed=options.get("seed", 1), rank=world.rank)
+    freeze(model, options.get("trainable", ("vit", "merger", "llm")))
     decay, betas = options.get("weight_decay", 0.05), tuple(options.get("betas", (0.9, 0.98)))
     optim = OptimConfig(LearningRates(rate, rate, rate), betas=betas, weight_decay=decay, clip_norm=0.5)
     groups = parameter_groups(model, optim, CONFIG.vision.depth)

@@ -46,6 +46,27 @@ def test_every_zero_stage_continues_on_another_number_of_ranks(tmp_path, zero_st
         assert float((moved["weights"][name] - weight).norm() / weight.norm().clamp(min=1e-12)) < 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("zero_stage", "before", "after", "whole"),
+    [
+        (3, 2, 1, 0),
+        pytest.param(3, 1, 2, 0, marks=pytest.mark.slow),
+        pytest.param(3, 2, 1, 10_000, marks=pytest.mark.slow),  # small parameters stay whole on every rank
+        pytest.param(3, 1, 2, 10_000, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, 0, marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_parts_are_the_checkpoints_on_another_number_of_ranks(tmp_path, zero_stage, before, after, whole):
+    """Whatever weights the resumed run was built with: here another seed's."""
+    options = {"zero_stage": zero_stage, "trainable": ["vit"], "whole": whole}
+    written = train(before, tmp_path, steps=2, **options)
+    resumed = train(after, tmp_path, steps=2, seed=2, **options)
+    assert resumed["from"].endswith("step-00000002")
+    for name, weight in written["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+
+
 @pytest.mark.parametrize("zero_stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
 def test_the_optimizers_settings_are_those_of_the_resumed_run_and_its_state_the_checkpoints(tmp_path, zero_stage):
     train(1, tmp_path, zero_stage=zero_stage, steps=2)
