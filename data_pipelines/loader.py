@@ -151,6 +151,11 @@ class PackLoader:
         self._state = self._planner.state_dict()
         return notes
 
+    def under_way(self) -> list[str]:
+        """What each busy worker is at, for a report about a rank that waits for its packs."""
+        pool = self._pool
+        return pool.under_way() if pool is not None else []
+
     def close(self) -> None:
         """End the processes. Iterating again starts them anew from the current state."""
         pool, self._pool = self._pool, None

@@ -145,6 +145,11 @@ class StreamLoader:
         self._given, self._steps = Tally(), 0
         return notes
 
+    def under_way(self) -> list[str]:
+        """What each busy worker is at, as `PackLoader`'s."""
+        pool = self._pool
+        return pool.under_way() if pool is not None else []
+
     def close(self) -> None:
         """End the processes. Iterating again starts them anew from the current state."""
         pool, self._pool = self._pool, None

@@ -132,6 +132,23 @@ class WorkerPool:
         batch.events = (*ticket.pack.events, *batch.events)
         return batch
 
+    def under_way(self) -> list[str]:
+        """What each busy worker is at: sample, pack, process and for how long. From any thread, while `next` waits."""
+        busy = [(number, worker) for number, worker in enumerate(self._workers) if worker.waiting]
+        return [self._place(number, worker) for number, worker in busy]
+
+    def _place(self, number: int, worker: _Worker) -> str:
+        pack = worker.waiting[0].pack
+        pack_number, item, since = (int(value) for value in self._at[number])
+        if pack_number != pack.number or item == _IDLE:
+            what = "has not begun"
+        elif item == _PREPARING:
+            what = "before the first sample of"
+        else:
+            what = f"{'/'.join(self._name_sample(pack, item))} of"
+        still_s = (time.monotonic_ns() - since) / 1e9
+        return f"{what} pack {pack.number} (data worker {number}, process {worker.process.pid}, for {still_s:.0f} s)"
+
     def close(self) -> None:
         """End all workers within seconds, whatever they are at."""
         for worker in self._workers:

@@ -34,7 +34,7 @@ from qwen2vl_train.training.guard import Guard
 from qwen2vl_train.training.journal import Journal
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.optim import parameter_groups
-from qwen2vl_train.training.records import forget_packs
+from qwen2vl_train.training.records import add_change, forget_packs, take_changes
 from qwen2vl_train.training.schedule import rate_factor
 from qwen2vl_train.training.sequence import SequenceGroup
 from qwen2vl_train.training.spikes import Spike, SpikeGuard
@@ -140,7 +140,7 @@ class Trainer:
         packs_of_steps = iter(loader) if self._sequence.reads else repeat([])
         while (position := progress.position(stage)) < stage.length:
             step = progress.step + 1
-            watchdog.note(f"waiting for the packs of step {step}")
+            watchdog.note(f"waiting for the packs of step {step}", loader.under_way)
             packs = journal.window.timed_next(packs_of_steps)
             engine.set_rates(rate_factor(position, stage.length, stage.schedule, unit))
             mine = self._sequence.deal(packs)
@@ -264,7 +264,11 @@ class Trainer:
             self._monitor.warn(f"{self._name}, data: {restart}")
         progress = Progress(**state["progress"])
         self._monitor.forget_after(self._name, progress.step)
+        self._world.from_main(lambda: take_changes(self._folder, path))
         self._world.from_main(lambda: forget_packs(self._folder, state["loader"]))
+        if restarts:
+            changed = loader.state_dict()
+            self._world.from_main(lambda: add_change(self._folder, progress.step, changed, restarts))
         ranks = "" if state["world"] == self._world.size else f", written by {state['world']} rank(s)"
         self._monitor.console.print(
             f"  resumed from {path} after step {progress.step}{ranks}", highlight=False, soft_wrap=True

@@ -39,12 +39,12 @@ from qwen2vl_train.training.failure import (
     FAILURE_PREFIX,
     claim_first_cause,
     describe_failure,
-    leave_stall_for_torchrun,
     leave_store,
     name_failure,
     name_first_cause,
     read_first_cause,
 )
+from qwen2vl_train.training.launcher import leave_for_torchrun
 from qwen2vl_train.training.stopping import EXIT_STALLED
 from qwen2vl_train.training.world import World
 
@@ -54,6 +54,7 @@ _FAILURE_GRACE_S = 5.0
 _ANSWER_S = 20.0  # the store's own limit for connecting and waiting
 
 T = TypeVar("T")
+Keys = Sequence[str] | Callable[[], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Watchdog:
         self._folder = folder
         self._beat = Beat(world.rank, socket.gethostname(), os.getpid())
         self._stall_s = config.stall_s or math.inf
+        self._ask_keys: Callable[[], Sequence[str]] | None = None
         self._since, self._limit_s = time.monotonic(), self._stall_s
         self._tick_s = min(5.0, max(0.2, self._stall_s / 10))
         self._stacks: IO[str] = sys.stderr
@@ -116,16 +118,19 @@ class Watchdog:
             self._talker.shutdown(wait=False)
             faulthandler.cancel_dump_traceback_later()
 
-    def note(self, activity: str, keys: Sequence[str] = (), limit_s: float | None = None) -> None:
+    def note(self, activity: str, keys: Keys = (), limit_s: float | None = None) -> None:
         """This rank now does `activity` (with the samples `keys`), for at most `limit_s` seconds (None: `stall_s`).
 
+        `keys` may be a function that tells them: it is called from a thread, once this rank is overdue.
         Every rank must make the same notes in the same order. With `limit_s` infinite the ranks must meet before the
         next note: whoever has made it waits under its limit.
         """
         # the clock first: the thread, which reads the beat first, never sees the new note as old as the one before
         self._since = time.monotonic()
         self._limit_s = limit_s if limit_s and math.isfinite(self._stall_s) else self._stall_s
-        self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=tuple(keys))
+        self._ask_keys = keys if callable(keys) else None
+        known = () if callable(keys) else tuple(keys)
+        self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=known)
         if self._notes is not None:
             try:
                 self._send(self._notes, replace(self._beat, tick=self._ticks))
@@ -180,24 +185,35 @@ class Watchdog:
         while not self._ended.wait(self._tick_s):
             self._end_if_orphaned(None)
             if time.monotonic() - self._since > self._limit_s:
-                beat = replace(self._beat, still_s=time.monotonic() - self._since, stack=self._stack())
+                beat = self._look_closer(self._beat, time.monotonic() - self._since)
                 text = describe_stall({self._world.rank: beat}, set(), self._stall_s)
                 self._end_process(
                     f"{text}\nThe store at {os.environ['MASTER_ADDR']} does not answer: look there first."
                 )
 
     def _tick(self, store: Store) -> Beat:
-        """Send one beat, with the stack once this rank is overdue."""
+        """Send one beat, with stack and keys once this rank is overdue."""
         self._ticks += 1
         beat = self._beat
         still_s = time.monotonic() - self._since
-        stack = self._stack() if still_s > self._limit_s else ""
-        beat = replace(beat, tick=self._ticks, still_s=still_s, stack=stack)
+        beat = replace(beat, tick=self._ticks, still_s=still_s)
+        if still_s > self._limit_s:
+            beat = self._look_closer(beat, still_s)
         self._send(store, beat)
         return beat
 
     def _send(self, store: Store, beat: Beat) -> None:
         store.set(f"beat/{self._world.rank}", json.dumps(vars(beat)))
+
+    def _look_closer(self, beat: Beat, still_s: float) -> Beat:
+        """`beat` with the main thread's stack, and the samples where the note left them to be asked for."""
+        keys, ask = beat.keys, self._ask_keys
+        if ask is not None:
+            try:
+                keys = tuple(ask())
+            except Exception as error:  # the main thread may have gone on meanwhile; a report without them is one, too
+                keys = (f"could not be told ({error})",)
+        return replace(beat, still_s=still_s, keys=keys, stack=self._stack())
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main or 0)
@@ -229,7 +245,7 @@ class Watchdog:
     def _end_process(self, report: str, say: bool = True) -> NoReturn:
         """Nothing but this ends a main thread that waits inside a collective."""
         try:
-            leave_stall_for_torchrun(report)
+            leave_for_torchrun(report, time.time())
             if say:
                 print(report, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(self._stacks, all_threads=True)

@@ -106,6 +106,35 @@ def test_batches_come_in_the_order_of_the_packs(make_pool):
     assert all(batch.keys == ("k0", "k1", "k2") and batch.events == () for batch in batches)
 
 
+def test_it_tells_what_each_worker_is_at(make_pool, tmp_path):
+    acts = {(1, 2): lambda: time.sleep(60), (2, -1): lambda: time.sleep(60)}
+    pool = make_pool(acts, workers=2)
+    assert pool.under_way() == []
+    for number in range(4):  # worker 0 has packs 0 and 2, worker 1 packs 1 and 3
+        pool.submit(pack(number))
+    assert pool.next().number == 0
+    deadline = time.monotonic() + 30
+    while not all(word in str(pool.under_way()) for word in ("d/k2", "before")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first, second = (worker.process.pid for worker in pool._workers)
+    said = [line.rpartition(",")[0] for line in pool.under_way()]
+    assert said == [
+        f"before the first sample of pack 2 (data worker 0, process {first}",
+        f"d/k2 of pack 1 (data worker 1, process {second}",
+    ]
+
+
+def test_a_stopped_worker_that_has_begun_nothing_is_told_with_the_pack_it_was_given(make_pool):
+    pool = make_pool({}, workers=1)
+    pid = pool._workers[0].process.pid
+    pool.submit(pack(0))
+    pool.next()
+    os.kill(pid, signal.SIGSTOP)
+    pool.submit(pack(10))
+    assert pool.under_way()[0].startswith(f"has not begun pack 10 (data worker 0, process {pid}, for ")
+    os.kill(pid, signal.SIGCONT)
+
+
 def test_a_worker_killed_from_outside_costs_no_sample(make_pool, tmp_path):
     batches = run(make_pool({(3, 1): once(tmp_path / "dead", kill_self)}), 8)
     assert [batch.keys for batch in batches] == [("k0", "k1", "k2")] * 8

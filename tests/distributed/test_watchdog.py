@@ -40,7 +40,7 @@ def test_a_silent_rank_comes_first():
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
-        ("data", ["It was at: waiting for the packs of step 3", "in timed_next"]),
+        ("data", ["waiting for the packs of step 3", "samples: worker of rank 1 at step 2", "in timed_next"]),
         ("forward", ["It was at: forward and backward of pack 9", "samples: key-9-0", "time.sleep(1000)"]),
         ("stop", ["sends nothing any more", "its process is stopped", "forward and backward of pack 9", "key-9-0"]),
     ],

@@ -99,6 +99,9 @@ class HandMadeLoader:
             self._step += 1
             yield packs[self._rank :: self._world]
 
+    def under_way(self) -> list[str]:
+        return [f"worker of rank {self._rank} at step {self._step}"]
+
     def shares(self, tokens: int) -> dict[str, float]:
         return {"even": 0.5, "odd": 0.5}
 
