@@ -49,7 +49,8 @@ def data_run(run: RunConfig, stage: str | None, world: int) -> DataRun:
     """
     name = stage or (run.chain[0] if len(run.chain) == 1 else "")
     if name not in run.stages:
-        raise ConfigError(f"--stage {stage}: choose one of {', '.join(run.stages)}")
+        given = f"--stage {stage} is no stage of this experiment" if stage else "say which stage with --stage"
+        raise ConfigError(f"{given}: choose one of {', '.join(run.stages)}")
     shared = run.engine.sequence_parallel  # ranks that hold one pack together
     if world % shared:
         raise ConfigError(f"--world {world} is not a multiple of engine.sequence_parallel={shared}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,20 +112,52 @@ def read_data_run(path: Path, stage: str | None = None, **changes: int | None) -
     Raises:
         UserError: no such file, no such stage, or values that cannot be; the message says which.
     """
+    path, settings = read_settings(path)
+    if "stages" in settings:
+        try:
+            settings = _of_stage(settings, choose_stage(settings, stage, path), path)
+        except KeyError as error:
+            raise UserError(f"{path}: {error} is missing; give a run's folder as training left it") from error
+    try:
+        changed = {name: value for name, value in changes.items() if value is not None}
+        return TypeAdapter(DataRun).validate_python({**settings, **changed})
+    except ValidationError as error:
+        raise UserError(f"{path}: {'; '.join(_faults(error))}") from error
+
+
+def read_settings(path: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The file of settings that `path` (a run's folder or a file) means, and what it holds, not yet checked.
+
+    Raises:
+        UserError: no such file, or not a mapping in YAML or JSON.
+    """
     path = path / "config.json" if path.is_dir() else path
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a YAML file or the folder of a run") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML ({error})") from error
-    if isinstance(settings, Mapping) and "stages" in settings:
-        settings = _of_stage(settings, stage, path)
-    try:
-        changed = {name: value for name, value in changes.items() if value is not None}
-        return TypeAdapter(DataRun).validate_python({**settings, **changed})
-    except (ValidationError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else f": {error}"
+        raise UserError(f"{path} is not YAML{place}") from error
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{path}: give settings (tokenizer, data, seed, packs_per_step, world), not {settings!r:.80}")
+    return path, settings
+
+
+def choose_stage(settings: Mapping[str, Any], stage: str | None, path: Path) -> str:
+    """The stage that is meant: the one named, or the only one that the run of these settings trains.
+
+    Raises:
+        UserError: none is named and there are several, or no such stage.
+    """
+    stages = settings["stages"]
+    trained = settings.get("chain") or list(stages)
+    name = trained[0] if stage is None and len(trained) == 1 else stage
+    if name not in stages:
+        given = f"--stage {name} is none of them" if name else "say which with --stage"
+        raise UserError(f"{path} holds the stages {', '.join(stages)}: {given}")
+    return str(name)
 
 
 def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
@@ -155,13 +187,19 @@ def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
     return {name: list(dict.fromkeys(shards)) for name, shards in named.items()}
 
 
-def _of_stage(settings: Mapping[str, Any], stage: str | None, path: Path) -> dict[str, Any]:
+def _faults(error: ValidationError) -> Iterator[str]:
+    """Each fault of settings: the key, its value where that is short, and what is wrong."""
+    for fault in error.errors(include_url=False):
+        value = "" if isinstance(fault["input"], Mapping) else f" = {fault['input']!r:.60}"
+        unknown = fault["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+        message = "unknown key" if unknown else fault["msg"].removeprefix("Value error, ")
+        key = ".".join(map(str, fault["loc"]))
+        yield f"{key}{value}: {message}" if key else message
+
+
+def _of_stage(settings: Mapping[str, Any], stage: str, path: Path) -> dict[str, Any]:
     """A training configuration's values for one stage; the number of ranks from `environment.json` beside it."""
     stages = settings["stages"]
-    if stage is None and len(stages) == 1:
-        stage = next(iter(stages))
-    if stage is None or stage not in stages:
-        raise UserError(f"{path} holds the stages {', '.join(stages)}: say which with --stage, not {stage!r}")
     chosen: dict[str, Any] = {
         "tokenizer": settings["data"]["tokenizer"],
         "data": stages[stage]["data"],

@@ -2,7 +2,8 @@
 
 Enters: a run's folder (or a file of the same settings), and which packs. Leaves: a page of those packs, rebuilt from
 (settings, seed) alone: the plan is run up to them, on lengths, and the loader's reader reads them. Costs about 2 µs a
-sample planned, from the beginning or from a loader state, then the decoding of these packs.
+sample planned, from the beginning, from the last change of data that the run accepted (`course.py`) or from a loader
+state, then the decoding of these packs.
 
 It stands here because a run leaves its settings as plain values, so nothing of the trainer is needed; `qwen2vl show`
 composes settings from Hydra overrides first, and knows the model's cost where packs are dealt to ranks by it.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import time
 import webbrowser
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,13 +25,18 @@ from typing import Any
 from data_pipelines.errors import UserError
 from data_pipelines.loader import PackLoader, new_planner
 from data_pipelines.plan.balance import order_by_cost
+from data_pipelines.plan.change import CHANGES_NAME
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.report.collect import read_packs
+from data_pipelines.report.course import Course, read_course
 from data_pipelines.report.data_run import DataRun, read_data_run
 from data_pipelines.report.inspection import page_of_packs, reading_progress
 from data_pipelines.report.site import clear_site, write_site
 from data_pipelines.report.stats import open_run
 from data_pipelines.tokenizer import TextTokenizer
+
+PROGRESS_S = 3.0
+SHOWN_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,26 @@ class Wanted:
     def __post_init__(self) -> None:
         if (self.step is None) == (self.pack is None):
             raise UserError("say which packs: --step N (with --rank R for those of one rank), or --pack K")
-        if (self.step is not None and self.step < 1) or (self.pack is not None and self.pack < 0):
-            raise UserError(
-                f"--step {self.step} counts from 1 as the logs do, --pack {self.pack} from 0 as the plan does"
-            )
+        if self.step is not None and self.step < 1:
+            raise UserError(f"--step {self.step}: steps count from 1, as the logs do")
+        if self.pack is not None and self.pack < 0:
+            raise UserError(f"--pack {self.pack}: packs count from 0, as ledgers and errors name them")
+
+    def first_pack(self, settings: DataRun, course: Course) -> int:
+        """The first number of the packs, or of their step's."""
+        if self.pack is not None:
+            return self.pack
+        assert self.step is not None
+        return course.first_pack(self.step, settings.packs_per_step)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The packs asked for in the order in which the ranks take them, the rank of each, and their step where known."""
+
+    packs: list[Pack]
+    ranks: list[int]
+    step: int | None
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,7 +83,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "qwen2vl-data show data.yaml --pack 7 --out page",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a run's folder, its config.json, or a YAML file")
-    parser.add_argument("--stage", help="which stage of the run")
+    parser.add_argument("--stage", help="which stage of the run (default: the only one it trains)")
     parser.add_argument("--seed", type=int, help="another seed than the file's")
     parser.add_argument("--world", type=int, metavar="N", help="another number of ranks than the run's last start had")
     add_show_options(parser)
@@ -82,28 +106,36 @@ def add_show_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the page and print its path."""
     settings = read_data_run(options.config, options.stage, seed=options.seed, world=options.world)
-    check_course(options.config, options.stage, options.step)
-    return show(settings, options)
+    return show(settings, options, read_course(options.config, options.stage, settings.packs_per_step))
 
 
-def show(settings: DataRun, options: argparse.Namespace) -> int:
-    """Rebuild the packs that `options` (of `add_show_options`) name, write their page, print its path."""
-    wanted = Wanted(options.step, options.rank, options.pack)
+def show(settings: DataRun, options: argparse.Namespace, course: Course | None = None) -> int:
+    """Rebuild the packs that `options` (of `add_show_options`) name, write their page, print its path.
+
+    `course` tells what a run's settings do not; None: all follows from them.
+    """
+    wanted, course = Wanted(options.step, options.rank, options.pack), course or Course()
     check_reader(settings)
     check_rank(settings, wanted)
+    first = wanted.first_pack(settings, course)
+    course.check_reach(first)
+    state = None if options.state is None else read_state(options.state)
+    change = course.start(first, None if state is None else state["plan"]["number"])
     out = options.out or Path(f"pack-{wanted.pack}" if wanted.step is None else _step_name(wanted))
     sources = open_run(settings, options.processes)
     clear_site(out)
     planner = new_planner(settings.data, sources, settings.seed, settings.cost)
-    if options.state is not None:
-        load_plan(planner, settings, wanted, options.state)
-    packs = find_packs(planner, settings, wanted)
+    if change is not None:
+        load_plan(planner, settings, first, change.loader, CHANGES_NAME)
+    elif state is not None:
+        load_plan(planner, settings, first, state, f"--state {options.state}")
+    found = find_packs(planner, settings, wanted, course)
     with reading_progress() as progress:
         processes = options.processes or len(os.sched_getaffinity(0))
         tokenizer = TextTokenizer(settings.tokenizer)
-        read = read_packs(packs, sources, settings.data, tokenizer, out, processes, progress)
+        read = read_packs(found.packs, sources, settings.data, tokenizer, out, processes, progress)
     page = page_of_packs(settings, sources, read)
-    page.title = _title(settings, wanted, packs)
+    page.title = title_of(settings, wanted, found)
     path = write_site(page, out)
     print(path)
     if options.open:
@@ -111,21 +143,31 @@ def show(settings: DataRun, options: argparse.Namespace) -> int:
     return 0
 
 
-def find_packs(planner: Planner, settings: DataRun, wanted: Wanted) -> list[Pack]:
-    """The packs asked for, in the order in which the ranks take them; the planner is run up to them.
+def find_packs(planner: Planner, settings: DataRun, wanted: Wanted, course: Course | None = None) -> Found:
+    """The packs asked for; the planner is run up to them, from where it stands.
 
-    Step s (from 1) has packs [(s - 1) * B, s * B), B packs_per_step; micro-step m of rank r is number m * world + r of
-    them, in plan order or, with the model's cost, the dearest first: as `loader.PackLoader` deals them.
+    Step s (from 1) has packs [(s - 1) * B, s * B), B packs_per_step, moved by what `course` tells; micro-step m of rank
+    r is number m * world + r of them, in plan order or, with the model's cost, the dearest first: as
+    `loader.PackLoader` deals them.
     """
-    if wanted.step is None:
+    course, size = course or Course(), settings.packs_per_step
+    if wanted.step is not None:
+        step, first = wanted.step, course.first_pack(wanted.step, size)
+    else:
         assert wanted.pack is not None
-        return [_advance(planner, wanted.pack)]
-    first = (wanted.step - 1) * settings.packs_per_step
-    packs = [_advance(planner, first)]
-    packs += [planner.next_pack() for _ in range(settings.packs_per_step - 1)]
+        place = course.step_of(wanted.pack, size)
+        if place is None or planner.number > place[1]:  # begun in the middle of the step
+            return Found([_advance(planner, wanted.pack)], [], None)
+        step, first = place
+    dealt = [_advance(planner, first), *(planner.next_pack() for _ in range(size - 1))]
     if settings.cost is not None:
-        packs = order_by_cost(packs, settings.cost)
-    return packs if wanted.rank is None else packs[wanted.rank :: settings.world]
+        dealt = order_by_cost(dealt, settings.cost)
+    packs = list(enumerate(dealt))
+    if wanted.pack is not None:
+        packs = [(place, pack) for place, pack in packs if pack.number == wanted.pack]
+    elif wanted.rank is not None:
+        packs = packs[wanted.rank :: settings.world]
+    return Found([pack for _, pack in packs], [place % settings.world for place, _ in packs], step)
 
 
 def check_reader(settings: DataRun) -> None:
@@ -155,69 +197,68 @@ def check_rank(settings: DataRun, wanted: Wanted) -> None:
         raise UserError(f"--rank {wanted.rank}: the run has ranks 0 to {settings.world - 1}; see --world")
 
 
-def check_course(config: Path, stage: str | None, step: int | None) -> None:
-    """Refuse a step whose packs follow no longer from its number: the run went back after a loss spike.
+def read_state(path: Path) -> Mapping[str, Any]:
+    """The loader's state in a checkpoint's `state.json`: the file itself, or one of its entries.
 
     Raises:
-        UserError: naming the spike; the packs' numbers stand in the stage's files.
-    """
-    folder = config if config.is_dir() else config.parent
-    if stage is None:  # the only one there is
-        stage = next((path.parent.name for path in folder.glob("*/spikes.jsonl")), "")
-    path = folder / stage / "spikes.jsonl"
-    if step is None or not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        spike = json.loads(line)
-        if spike.get("returned_to") is not None and step > spike["returned_to"]:
-            raise UserError(
-                f"--step {step}: the run went back from step {spike['step']} to {spike['returned_to']} and on with "
-                f"other packs; ask for --pack K ({path.name} and the ledger name packs by number)"
-            )
-
-
-def load_plan(planner: Planner, settings: DataRun, wanted: Wanted, path: Path) -> None:
-    """Begin at the plan's state in a checkpoint's `state.json`, if it lies before the packs asked for.
-
-    Raises:
-        UserError: no loader state in the file, one of other data, budgets or seed, or packs planned before it.
+        UserError: there is none.
     """
     try:
         stored: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        state = _loader_state(stored)
-        plan = state["plan"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--state {path}: no loader state in it ({error}); name a checkpoint's state.json") from error
+        entries = [stored, *(value for value in stored.values() if isinstance(value, Mapping))]
+        state = next(entry for entry in entries if "identity" in entry and "number" in entry["plan"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        why = getattr(error, "strerror", None) or "no loader state in it"
+        raise UserError(f"--state {path}: {why}; name a checkpoint's state.json") from error
+    return state
+
+
+def load_plan(planner: Planner, settings: DataRun, first: int, state: Mapping[str, Any], name: str) -> None:
+    """Begin at the loader's `state`, called `name` in errors, if it lies before the pack `first`.
+
+    Raises:
+        UserError: the state is one of other data, budgets or seed, or packs planned before it are asked for.
+    """
+    number = state["plan"]["number"]
+    if number > first:
+        raise UserError(f"{name}: begins at pack {number}, after pack {first}; name an earlier one")
     tokenizer = TextTokenizer(settings.tokenizer)
     loader = PackLoader(
         settings.data, tokenizer, settings.packs_per_step, 0, settings.world, settings.seed, cost=settings.cost
     )
-    loader.load_state_dict(dict(state))  # refuses a state of other settings, naming them
-    first = wanted.pack if wanted.step is None else (wanted.step - 1) * settings.packs_per_step
-    if first is None or plan["number"] > first:
-        raise UserError(f"--state {path}: begins at pack {plan['number']}, after pack {first}; name an earlier one")
-    planner.load_state_dict(plan)
+    try:
+        loader.load_state_dict(dict(state))  # refuses a state of other settings, naming them
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    planner.load_state_dict(loader.state_dict()["plan"])
 
 
-def _loader_state(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The loader's state: the file itself, or one of its entries."""
-    entries = [stored, *(value for value in stored.values() if isinstance(value, Mapping))]
-    return next((entry for entry in entries if "plan" in entry and "identity" in entry), {})
+def title_of(settings: DataRun, wanted: Wanted, found: Found) -> str:
+    """What the page shows: the packs' numbers, their step and ranks."""
+    numbers = [pack.number for pack in found.packs]
+    if wanted.step is None:
+        place = f": step {found.step}, rank {found.ranks[0]} of {settings.world}" if found.step else ""
+        return f"Pack {wanted.pack}{place}"
+    if wanted.rank is not None:
+        return f"Step {wanted.step}, rank {wanted.rank} of {settings.world}: pack {', '.join(map(str, numbers))}"
+    if settings.world > SHOWN_RANKS:
+        return f"Step {wanted.step}, all {settings.world} ranks: packs {min(numbers)} to {max(numbers)}"
+    ranks = [
+        f"rank {rank} pack {', '.join(map(str, numbers[rank :: settings.world]))}" for rank in range(settings.world)
+    ]
+    return f"Step {wanted.step}: {'; '.join(ranks)}"
 
 
 def _advance(planner: Planner, number: int) -> Pack:
-    """Pack `number` of the plan."""
+    """Pack `number` of the plan; a line on stderr every few seconds says how far it is."""
+    told = time.monotonic()
     while planner.number < number:
         planner.next_pack()
+        if time.monotonic() - told > PROGRESS_S:
+            print(f"planned {planner.number:,} of {number:,} packs", file=sys.stderr, flush=True)
+            told = time.monotonic()
     return planner.next_pack()
 
 
 def _step_name(wanted: Wanted) -> str:
     return f"step-{wanted.step}" + ("" if wanted.rank is None else f"-rank-{wanted.rank}")
-
-
-def _title(settings: DataRun, wanted: Wanted, packs: list[Pack]) -> str:
-    if wanted.step is None:
-        return f"Pack {wanted.pack}"
-    ranks = f"all {settings.world} ranks" if wanted.rank is None else f"rank {wanted.rank} of {settings.world}"
-    return f"Step {wanted.step}, {ranks}: pack {', '.join(str(pack.number) for pack in packs)}"

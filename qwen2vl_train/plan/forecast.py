@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.index.build import Progress
+from data_pipelines.index.progress import Progress
 from data_pipelines.loader import open_sources
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.compose import NOT_GIVEN

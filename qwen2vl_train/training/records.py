@@ -1,20 +1,23 @@
-"""What a stage writes down of single packs (ledger, skipped updates, spikes), kept true when it is resumed.
+"""What a stage writes down of single packs (ledger, skipped updates, spikes, changes of data), kept true on a resume.
 
 Enters: the stage's folder and the loader's state in the checkpoint that is gone on from. Leaves: the files without the
 lines of packs that are trained again, so that each stands in them once. Packs behind a spike are not trained again:
-their lines stay.
+their lines stay. A change of data that a resume accepts is written down with the loader's state under the new settings
+(64 KB at most): from it the packs that follow can be planned again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.plan.change import CHANGES_NAME
 from data_pipelines.whole import write_whole
 
-_FILES = ("ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl")
+_FILES = ("ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl", CHANGES_NAME)
 
 
 def forget_packs(folder: Path, loader_state: Mapping[str, Any] | None) -> None:
@@ -29,6 +32,23 @@ def forget_packs(folder: Path, loader_state: Mapping[str, Any] | None) -> None:
         kept = [line for line in lines if line.endswith("}\n") and _last_pack(json.loads(line)) < first]
         if len(kept) < len(lines):
             write_whole(path, "".join(kept))
+
+
+def take_changes(folder: Path, checkpoint: Path) -> None:
+    """The changes of data of another run whose `checkpoint` is gone on from are those of this one's packs, too."""
+    origin = checkpoint.resolve().parent.parent
+    if origin == folder.resolve() or not (origin / "settings.json").is_file():
+        return
+    (folder / CHANGES_NAME).unlink(missing_ok=True)
+    if (origin / CHANGES_NAME).is_file():
+        shutil.copyfile(origin / CHANGES_NAME, folder / CHANGES_NAME)
+
+
+def add_change(folder: Path, step: int, loader_state: Mapping[str, Any], changes: Sequence[str]) -> None:
+    """Write down that after `step` steps the data changed: what, and the loader's state to go on with."""
+    line = {"step": step, "pack": next_pack(loader_state), "changes": list(changes), "loader": loader_state}
+    with (folder / CHANGES_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def next_pack(loader_state: Mapping[str, Any] | None) -> int:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qwen2vl_train.training import records
-from qwen2vl_train.training.records import forget_packs
+from qwen2vl_train.training.records import add_change, forget_packs, take_changes
 
 
 def write(path, lines, rest=""):
@@ -37,6 +37,37 @@ def test_a_stage_without_a_checkpoint_begins_with_empty_records(tmp_path):
     write(tmp_path / "ledger-rank0.jsonl", [{"pack": 0, "key": "a"}])
     forget_packs(tmp_path, None)
     assert read(tmp_path / "ledger-rank0.jsonl") == []
+
+
+def test_a_change_of_data_stands_with_its_state_until_a_checkpoint_before_it_is_gone_on_from(tmp_path):
+    changes = tmp_path / "data_changes.jsonl"
+    states = [{"identity": {}, "plan": {"number": number}} for number in (8, 20)]
+    add_change(tmp_path, 2, states[0], ["source a is new"])
+    add_change(tmp_path, 5, states[1], ["source a is gone"])
+    assert read(changes)[1] == {"step": 5, "pack": 20, "changes": ["source a is gone"], "loader": states[1]}
+    forget_packs(tmp_path, {"plan": {"number": 24}})
+    assert [line["pack"] for line in read(changes)] == [8, 20]
+    forget_packs(tmp_path, {"plan": {"number": 20}})  # the checkpoint that the change began from: it is made again
+    assert [line["pack"] for line in read(changes)] == [8]
+    forget_packs(tmp_path, None)
+    assert read(changes) == []
+
+
+def test_a_checkpoint_of_another_run_brings_the_changes_before_it(tmp_path):
+    mine, other, copies = (tmp_path / run / "vision" for run in ("mine", "other", "copies"))
+    for folder in (mine, other, copies):
+        (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    add_change(mine, 1, {"plan": {"number": 4}}, ["mine"])
+    for checkpoint in (mine, copies):  # `copies` is no run's folder, but where someone keeps checkpoints
+        take_changes(mine, checkpoint / "checkpoints" / "step-00000003")
+        assert [line["changes"] for line in read(mine / "data_changes.jsonl")] == [["mine"]]
+    (other / "settings.json").write_text("{}")
+    add_change(other, 2, {"plan": {"number": 8}}, ["theirs"])
+    take_changes(mine, other / "checkpoints" / "step-00000003")
+    assert [line["changes"] for line in read(mine / "data_changes.jsonl")] == [["theirs"]]
+    (other / "data_changes.jsonl").unlink()
+    take_changes(mine, other / "checkpoints" / "step-00000003")
+    assert not (mine / "data_changes.jsonl").exists()
 
 
 def test_the_examples_in_its_docstrings():

@@ -1,14 +1,21 @@
 """`qwen2vl show`: an experiment's configuration gives the settings that decide its packs."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
+from data_pipelines.cli import main
+from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanConfig, SourceConfig
+from data_pipelines.loader import PackLoader
+from data_pipelines.plan.balance import PackCost
 from data_pipelines.report.data_run import read_data_run
 from qwen2vl_train.config import ConfigError
 from qwen2vl_train.overrides import load_config
 from qwen2vl_train.show import data_run
 from qwen2vl_train.training.balancing import write_pack_cost
+from qwen2vl_train.training.records import add_change, forget_packs
+from tests.data.tiny_shards import make_tiny_shards
 
 
 def test_the_stage_seed_and_ranks_of_the_overrides_decide_the_packs():
@@ -26,9 +33,9 @@ def test_the_only_stage_needs_no_name():
 
 def test_impossible_stages_and_ranks_are_refused():
     run, _ = load_config(["experiment=demo"])
-    with pytest.raises(ConfigError, match="choose one of"):
+    with pytest.raises(ConfigError, match=r"^say which stage with --stage: choose one of"):
         data_run(run, None, 1)
-    with pytest.raises(ConfigError, match="choose one of"):
+    with pytest.raises(ConfigError, match=r"^--stage dessert is no stage of this experiment: choose one of"):
         data_run(run, "dessert", 1)
     with pytest.raises(ConfigError, match="not a multiple of world=7"):
         data_run(run, "vision", 7)
@@ -43,3 +50,74 @@ def test_packs_are_dealt_by_the_cost_that_the_trainer_leaves_in_the_stage_folder
     write_pack_cost(tmp_path / "multitask", cost)
     assert read_data_run(tmp_path, "multitask").cost == cost
     assert read_data_run(tmp_path, "instruct").cost is None
+
+
+COST = PackCost(1.0, 0.01, 0.5, 0.001)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_shards(tmp_path_factory.mktemp("tiny"))
+
+
+def data_of(tiny, weight):
+    weights = {"pictures": 2.0, "texts": weight}
+    return DataConfig(
+        {name: SourceConfig((f"{tiny.folder}/{name}-*.tar",), weight) for name, weight in weights.items()},
+        media=MediaConfig(max_pixels=28224),
+        plan=PlanConfig(192, 768, pool_size=6, block_size=4),
+        loader=LoaderConfig(num_workers=0),
+    )
+
+
+def train(tiny, folder, weight, steps, state=None, done=0):
+    """What a run leaves of `steps` steps on two ranks (rank 0's packs are returned), resumed from `state`."""
+    data = data_of(tiny, weight)
+    stages = {"vision": {"steps": 100, "packs_per_step": 4, "data": asdict(data)}}
+    settings = {"data": {"tokenizer": tiny.tokenizer.path}, "seed": 5, "stages": stages, "chain": ["vision"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "environment.json").write_text(json.dumps({"world_size": 2}))
+    write_pack_cost(folder / "vision", COST)
+    loader = PackLoader(data, tiny.tokenizer, 4, 0, 2, 5, cost=COST)
+    forget_packs(folder / "vision", state)
+    if state is not None and (changes := loader.load_state_dict(state, accept_changes=True)):
+        add_change(folder / "vision", done, loader.state_dict(), changes)
+    given = [step for _, step in zip(range(steps), loader, strict=False)]
+    loader.close()
+    return given, json.loads(json.dumps(loader.state_dict()))
+
+
+def shown(folder, out, *words):
+    """The page that `qwen2vl-data show` writes: its title, packs' numbers and keys."""
+    assert main(["show", str(folder), *words, "--out", str(out), "--processes", "1"]) == 0
+    text = (out / "index.html").read_text()
+    content = json.loads(text.split('<script type="application/json" id="content">')[1].split("</script>")[0])
+    numbers = [pack["number"] for pack in content["packs"]]
+    return content["title"], numbers, [document["key"] for document in content["documents"]]
+
+
+def test_packs_behind_an_accepted_change_of_data_are_the_runs_and_those_before_it_refused(tiny, tmp_path, capsys):
+    folder, out = tmp_path / "run", tmp_path / "page"
+    folder.mkdir()
+    before, state = train(tiny, folder, 1.0, steps=4)
+    title, numbers, keys = shown(folder, out, "--step", "4", "--rank", "0")
+    assert (numbers, keys) == ([b.number for b in before[3]], [key for b in before[3] for key in b.keys])
+    after, later = train(tiny, folder, 4.0, steps=3, state=state, done=4)
+    for step, packs in enumerate(after, 5):
+        title, numbers, keys = shown(folder, out, "--step", str(step), "--rank", "0")
+        assert (numbers, keys) == ([b.number for b in packs], [key for b in packs for key in b.keys])
+    pack = after[2][1]
+    title, numbers, keys = shown(folder, out, "--pack", str(pack.number))
+    assert (title, numbers, keys) == (f"Pack {pack.number}: step 7, rank 0 of 2", [pack.number], list(pack.keys))
+    # a checkpoint behind the change spares planning, one before it is of no use
+    for name, kept in (("before", state), ("behind", later)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"loader": kept}))
+        words = ["--step", "8", "--state", f"{tmp_path}/{name}.json"]
+        assert shown(folder, out, *words) == shown(folder, out, "--step", "8")
+    capsys.readouterr()
+    for words in (["--pack", "15"], ["--step", "4"]):
+        assert main(["show", str(folder), *words, "--out", str(out)]) == 2
+        assert "was planned before the data changed at pack 16, after step 4 (shares changed" in capsys.readouterr().err
+    # back to the checkpoint before the change, with the data of then: the run never had that change
+    train(tiny, folder, 1.0, steps=1, state=state, done=4)
+    assert shown(folder, out, "--step", "4", "--rank", "0")[1] == [b.number for b in before[3]]

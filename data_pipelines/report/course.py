@@ -1,0 +1,137 @@
+"""The course a run's plan took: whether a pack's number, the settings and the seed alone still tell what it held.
+
+Enters: the folder of a stage. Leaves: `Course`: from which state to plan a pack, which step had it, and refusals where
+the folder no longer tells. Three things bend a course: an accepted change of data (`data_changes.jsonl`, with the
+loader's state under the new settings), a return after a loss spike (`spikes.jsonl`), and nothing at all beyond the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import UserError
+from data_pipelines.plan.change import CHANGES_NAME
+from data_pipelines.report.data_run import choose_stage, read_settings
+
+FAR = 4  # times the packs that are known of: spikes and lower fills move the end, but not so far
+
+
+@dataclass(frozen=True)
+class Change:
+    """After `step` steps the run went on with other data, from pack `pack` and the loader's state `loader`."""
+
+    step: int
+    pack: int
+    changes: Sequence[str]
+    loader: Mapping[str, Any]
+
+
+BEGINNING = Change(0, 0, (), {})
+
+
+@dataclass(frozen=True)
+class Course:
+    """A stage's accepted changes and spikes, oldest first, and how many packs it has at least (0: not known)."""
+
+    stage: str = ""
+    changes: Sequence[Change] = ()
+    spikes: Sequence[Mapping[str, Any]] = ()
+    packs: int = 0
+
+    def first_pack(self, step: int, packs_per_step: int) -> int:
+        """The number of the first pack of `step` (from 1).
+
+        Raises:
+            UserError: the run went back after a spike: the step had other packs than its number says.
+        """
+        base = next((change for change in reversed(self.changes) if change.step < step), BEGINNING)
+        for spike in self._spikes_since(base.pack):
+            if step > spike["returned_to"]:
+                raise UserError(
+                    f"--step {step}: the run went back from step {spike['step']} to {spike['returned_to']} and on with "
+                    "other packs; ask for --pack K (spikes.jsonl and the ledger name packs by number)"
+                )
+        first = base.pack + (step - 1 - base.step) * packs_per_step
+        later = min((change.pack for change in self.changes if change.step >= step), default=first + 1)
+        return min(first, later - 1)  # steps before a change may have had another number of packs
+
+    def step_of(self, pack: int, packs_per_step: int) -> tuple[int, int] | None:
+        """The step that had pack number `pack`, and that step's first pack; None where spikes moved the steps."""
+        base = next((change for change in reversed(self.changes) if change.pack <= pack), BEGINNING)
+        before = (pack - base.pack) // packs_per_step
+        step = base.step + before + 1
+        if any(step > spike["returned_to"] for spike in self._spikes_since(base.pack)):
+            return None
+        return step, base.pack + before * packs_per_step
+
+    def start(self, pack: int, given: int | None = None) -> Change | None:
+        """Where to begin to plan up to `pack`: a change, or None for the beginning, or the state `given` by its pack.
+
+        Raises:
+            UserError: the pack was planned under settings that a later change replaced.
+        """
+        newest = next((change for change in reversed(self.changes) if change.pack <= pack), None)
+        if given is not None and (newest is None or given > newest.pack):
+            return None
+        if newest is not (self.changes[-1] if self.changes else None):
+            last = self.changes[-1]
+            state = f", with --state the state.json of a checkpoint from pack {newest.pack} on" if newest else ""
+            raise UserError(
+                f"pack {pack} was planned before the data changed at pack {last.pack}, after step {last.step} "
+                f"({'; '.join(last.changes)}), and the run's folder keeps the settings since then. Give those of "
+                f"before: qwen2vl show OVERRIDES --stage {self.stage} --pack {pack}{state}"
+            )
+        return newest
+
+    def check_reach(self, pack: int) -> None:
+        """Refuse a pack that the run will hardly come to.
+
+        Raises:
+            UserError: with the number of packs that are known of.
+        """
+        if self.packs and pack > FAR * self.packs:
+            raise UserError(
+                f"pack {pack:,} lies far beyond the run, which is known to have {self.packs:,} packs (counted from 0): "
+                "give the number as the ledger, spikes.jsonl or an error names it"
+            )
+
+    def _spikes_since(self, pack: int) -> Iterator[Mapping[str, Any]]:
+        """Spikes after which the run went back, behind `pack`."""
+        for spike in self.spikes:
+            packs = [row["pack"] for row in spike.get("packs", ())]
+            if spike.get("returned_to") is not None and max(packs, default=pack) >= pack:
+                yield spike
+
+
+def read_course(config: Path, stage: str | None, packs_per_step: int) -> Course:
+    """What the run's folder at `config` (or its config.json) tells of a stage; nothing where it is no run's.
+
+    Raises:
+        UserError: no such stage.
+    """
+    path, settings = read_settings(config)
+    if "stages" not in settings:
+        return Course()
+    name = choose_stage(settings, stage, path)
+    folder = path.parent / name
+    changes = [Change(**line) for line in _lines(folder / CHANGES_NAME)]
+    steps = int(settings["stages"][name].get("steps") or 0) or _steps_done(folder)
+    return Course(name, changes, list(_lines(folder / "spikes.jsonl")), steps * packs_per_step)
+
+
+def _steps_done(folder: Path) -> int:
+    """Of a stage whose length is counted in tokens: the newest step that its checkpoints or the log know of."""
+    saved = [int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-????????")]
+    logged = (line["step"] for line in _lines(folder.parent / "metrics.jsonl") if line.get("stage") == folder.name)
+    return max(max(saved, default=0), max(logged, default=0))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; none where there is no file. A running job may be writing the last one."""
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("}\n"))
