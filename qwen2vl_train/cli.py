@@ -140,15 +140,16 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     world = start_world(run.engine.timeout_s)
     data = run.stages[options.stage].data
+    at: list[str] = []
     try:
         with Watchdog(run.watchdog, world, folder=None) as watchdog:
 
             def scored(count: int) -> None:
                 """Told after each held-out set."""
-                watchdog.note(f"evaluating, {count} sets done", limit_s=run.watchdog.save_s)
+                watchdog.note(f"evaluating, {count} sets done", lambda: at, limit_s=run.watchdog.save_s)
 
             scored(0)
-            report = evaluate(options.model, run.data.heldout, data, run.evaluation, world, scored)
+            report = evaluate(options.model, run.data.heldout, data, run.evaluation, world, scored, at)
         if world.is_main:
             print(json.dumps({"held_out": report.metrics, "majority": report.baseline}, indent=1))
         world.barrier()

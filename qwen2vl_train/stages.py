@@ -177,16 +177,18 @@ def _run_stage(
     progress = Trainer(run, name, init, config, world, monitor, resume).fit(stop, watchdog)
     report = Report({}, {}, [])
     if stage.evaluate and run.data.heldout:
-        stop.obey(world, f"before the evaluation of {name}")
+        sets, at = len(run.data.heldout), list[str]()
 
         def scored(count: int) -> None:
             """Told before the first held-out set and after each."""
             monitor.advance(count)
-            watchdog.note(f"evaluating {name}, {count} sets done", limit_s=run.watchdog.save_s)
+            if count < sets:
+                stop.obey(world, f"in the evaluation of {name}, {count} of {sets} held-out sets done")
+            watchdog.note(f"evaluating {name}, {count} sets done", lambda: at, limit_s=run.watchdog.save_s)
 
-        monitor.start_progress(f"{name} eval", len(run.data.heldout))
+        monitor.start_progress(f"{name} eval", sets)
         scored(0)
-        report = evaluate(folder / "export", run.data.heldout, stage.data, run.evaluation, world, scored)
+        report = evaluate(folder / "export", run.data.heldout, stage.data, run.evaluation, world, scored, at)
         monitor.stop_progress()
         monitor.log(name, progress.step, {f"held_out/{key}": value for key, value in report.metrics.items()})
         monitor.show(name, report.shown)

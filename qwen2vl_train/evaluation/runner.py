@@ -82,15 +82,21 @@ def evaluate(
     config: EvaluationConfig,
     world: World,
     progress: Callable[[int], None] | None = None,
+    at: list[str] | None = None,
 ) -> Report:
-    """Score the model in `model_folder` on each task's shards with the stage's template and budgets. Collective."""
+    """Score the model in `model_folder` on each task's shards with the stage's template and budgets. Collective.
+
+    `progress` is told the number of sets done after each, by every rank; what it raises ends the evaluation. `at` holds
+    the keys of the samples being answered meanwhile.
+    """
+    at = [] if at is None else at
     tokenizer = TextTokenizer(model_folder)
     model = open_model(model_folder, world.device)
     encoder = SampleEncoder(tokenizer, data.template, data.media, data.plan.max_tokens, data.vision_ids)
     report = Report({}, {}, [])
     for number, (task, shards) in enumerate(heldout.items()):
         source = _open_source(encoder, task, shards, data.remote)
-        mine = _score_task(model, encoder, source, config, world)
+        mine = _score_task(model, encoder, source, config, world, at)
         source.close()
         answers = [answer for part in world.gather(mine) for answer in part]
         if answers:
@@ -111,13 +117,14 @@ def _open_source(encoder: SampleEncoder, task: str, shards: str, remote: RemoteC
 
 
 def _score_task(
-    model: Qwen2VL, encoder: SampleEncoder, source: SourceIndex, config: EvaluationConfig, world: World
+    model: Qwen2VL, encoder: SampleEncoder, source: SourceIndex, config: EvaluationConfig, world: World, at: list[str]
 ) -> list[Answer]:
-    """This rank's share of one task (every world-th record), generated in batches."""
+    """This rank's share of one task (every world-th record), generated in batches, whose keys are in `at` meanwhile."""
     task = source.name
     questions = []
     answers: list[Answer] = []
     for _, record, media, read in islice(source.records(), world.rank, config.max_samples, world.size):
+        at[:] = [record.key]
         try:
             questions.append(_question(encoder, record, {item.name: item for item, _ in media}, read))
         except DataError as error:
@@ -126,6 +133,7 @@ def _score_task(
     stop = (encoder.tokenizer.special.im_end, encoder.tokenizer.special.endoftext)
     for first in range(0, len(questions), config.batch_size):
         batch = questions[first : first + config.batch_size]
+        at[:] = [question.record.key for question in batch]
         outputs = generate(model, [question.prompt for question in batch], config.max_new_tokens, stop)
         for question, ids in zip(batch, outputs, strict=True):
             prediction = encoder.tokenizer.decode([token for token in ids if token not in stop])
@@ -133,6 +141,7 @@ def _score_task(
             looked_at = len(answers) < -(-config.pictures // world.size)
             shown = _show(task, question, prediction, hit, encoder) if looked_at else None
             answers.append(Answer(task, _asked(question.record), question.truth, prediction, hit, shown))
+    at.clear()
     return answers
 
 
@@ -174,7 +183,9 @@ def _show(task: str, question: _Question, prediction: str, hit: bool, encoder: S
         for x1, y1, x2, y2 in parse_boxes(text)
     ]
     picture = _side_by_side(pictures) if pictures else np.full((28, 28, 3), 255, np.uint8)
-    drawn = tuple(boxes) if len(pictures) == 1 else ()  # with several pictures a box does not say whose it is
+    # with several pictures a box does not say whose it is, nor with a clip's frames, side by side, in which of them
+    still = [media.kind for media in question.media.values()] == ["image"]
+    drawn = tuple(boxes) if still else ()
     key = question.record.key
     return Shown(task, key, picture, question.prompt_text, question.truth, prediction, hit, drawn)
 

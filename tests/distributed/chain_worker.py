@@ -1,6 +1,6 @@
 """`qwen2vl train` with a trainer that trains nothing, and a signal where the test wants it.
 
-Usage: chain_worker WHERE OVERRIDES...    WHERE: data | fits STAGE | scores STAGE
+Usage: chain_worker WHERE OVERRIDES...    WHERE: data | fits STAGE | scores STAGE | set N of STAGE
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ def main() -> int:
             (self._export / "config.json").write_text(json.dumps(self._config.to_hf()))
             return Progress(step=1)
 
-    def evaluate(model, *others) -> Report:
+    def evaluate(model, heldout, data, config, world, scored, at) -> Report:
         begin(f"scores {model.parent.name}")
+        for count in range(1, len(heldout) + 1):
+            begin(f"set {count} of {model.parent.name}")
+            scored(count)
         return Report({}, {}, [])
 
     prepare = stages.prepare_data

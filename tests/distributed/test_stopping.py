@@ -41,8 +41,13 @@ def folder(tmp_path_factory):
     [
         ("data", "stopped before language on SIGTERM", []),
         ("fits language", "stopped before vision on SIGTERM", ["fits language"]),
-        ("fits vision", "stopped before the evaluation of vision on SIGTERM", ["fits vision"]),
-        ("scores vision", "stopped before multitask on SIGTERM", ["fits vision", "scores vision"]),
+        ("fits vision", "stopped in the evaluation of vision, 0 of 5 held-out sets done on SIGTERM", ["fits vision"]),
+        (
+            "set 2 of vision",
+            "stopped in the evaluation of vision, 2 of 5 held-out sets done on SIGTERM",
+            ["fits vision", "scores vision"],
+        ),
+        ("set 5 of vision", "stopped before multitask on SIGTERM", ["fits vision", "scores vision"]),
         ("never", "", ["fits multitask", "scores multitask"]),
     ],
 )
