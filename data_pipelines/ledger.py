@@ -14,9 +14,7 @@ from pathlib import Path
 from data_pipelines.samples import PackedBatch
 
 # Events that cost no sample: something was noted or made smaller, the sample is in its pack.
-LOSSLESS = frozenset(
-    {"shrunk", "truncated", "no_end_marker", "not_a_file", "unsafe_name", "worker_replaced", "scattered_key"}
-)
+LOSSLESS = frozenset({"shrunk", "truncated", "no_end_marker", "worker_replaced", "scattered_key"})
 
 
 class Ledger:

@@ -107,14 +107,30 @@ def build_missing(
     remote: RemoteConfig = REMOTE_DEFAULTS,
     rebuild: bool = False,
 ) -> None:
-    """Build what is absent or stale for all `shards`; `progress(shard, done, total)` is called after each.
+    """Build what is absent or stale for all `shards`, as `try_to_build`.
+
+    Raises:
+        ShardError: a shard cannot be read; the others are finished first.
+    """
+    for error in try_to_build(shards, counting, processes, progress, remote, rebuild).values():
+        raise error
+
+
+def try_to_build(
+    shards: Sequence[str],
+    counting: Counting | None,
+    processes: int | None = None,
+    progress: Progress | None = None,
+    remote: RemoteConfig = REMOTE_DEFAULTS,
+    rebuild: bool = False,
+) -> dict[str, ShardError]:
+    """Build what is absent or stale for all `shards`; returns what is wrong with those that could not be read.
+
+    `progress(shard, done, total)` is called after each.
 
     `counting` None builds the indices alone, `processes` None uses this machine's cores where the shards are large,
     `progress` None tells on stderr what takes longer than two seconds, `rebuild` builds anew what is there, too.
     Processes of one or several machines may call this at once: each takes the shards that no other is at.
-
-    Raises:
-        ShardError: a shard cannot be read; the others are finished first.
     """
     if rebuild:
         forget_rolls(shards)
@@ -122,13 +138,13 @@ def build_missing(
     count = len(os.sched_getaffinity(0)) if processes is None else processes
     count = min(len(missing), count if num_bytes > PARALLEL_FROM_BYTES or processes else 1)
     build = partial(_build, counting=counting, remote=remote, rebuild=rebuild)
-    errors = []
+    errors = {}
     with progress_on_stderr(len(missing), progress) as tell, closing(_build_each(missing, build, count)) as results:
         for done, (shard, error) in enumerate(results, 1):
-            errors += [error] if error is not None else []
+            if error is not None:
+                errors[shard] = error
             tell(shard, done, len(missing))
-    if errors:
-        raise errors[0]
+    return errors
 
 
 def _missing(
@@ -220,12 +236,15 @@ def _build_index(file: ShardFile) -> Built:
 def _index_samples(file: ShardFile, clips: ClipDecoder) -> Built:
     scan = scan_shard(file)
     problems: list[DataError] = list(scan.problems)
+    # Samples that miss a member which is a link are told, and counted, once.
+    linked = {problem.key for problem in problems if problem.reason == "not_a_file"}
     rows = []
     for sample in scan.samples:
         try:
             record = measure_sample(sample.key, sample.members, file, clips)
         except DataError as error:
-            problems.append(error)
+            if f"{file.name}/{sample.key}" not in linked:
+                problems.append(error)
             continue
         medias = [(record.media[ref.name], ref) for ref in media_refs(record)]
         rows.append(IndexRow(sample.key, record.task, sample.members, medias))

@@ -31,8 +31,8 @@ from data_pipelines.shards.tar import TarSample, TarScan
 from data_pipelines.tokenizer import TextTokenizer
 
 PART_BYTES = 64 << 20
+NO_SAMPLES = "a sound shard without a single sample: is it another program's, or were its names no samples'?"
 _BLOCK = 1 << 20
-_NOTES = LOSSLESS | {"no_samples"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Finding:
     @classmethod
     def of(cls, shard: str, key: str, reason: str, message: str) -> Finding:
         """A finding; whether it costs samples follows from its reason."""
-        return cls(public_name(shard), key, reason, message, reason not in _NOTES)
+        return cls(public_name(shard), key, reason, message, reason not in LOSSLESS)
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class PartChecker:
         problems = [*self._opening, *self._scan.problems]
         if self._file is not None:
             problems += _unreadable_or_changed(self._file, len(self._scan.samples), alive)
-            if not problems and not self._scan.samples:
-                problems.append(ShardError(self._part.shard, "no_samples", "a sound tar without a single sample"))
-        return [self._finding(_key_in(problem.key, public_name(self._part.shard)), problem) for problem in problems]
+            if not self._scan.samples and all(problem.reason in LOSSLESS for problem in problems):
+                problems.append(ShardError(self._part.shard, "no_samples", NO_SAMPLES))
+        return [self._finding(key_in(problem.key, public_name(self._part.shard)), problem) for problem in problems]
 
     def check(self, number: int) -> list[Finding]:
         """Findings of sample `number`: several where several of its members are bad."""
@@ -210,7 +210,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def _key_in(key: str, shard: str) -> str:
+def key_in(key: str, shard: str) -> str:
     """The sample's part of a scan problem's key ("SHARD/KEY"), "" for the shard itself."""
     return key.removeprefix(shard).removeprefix("/")
 

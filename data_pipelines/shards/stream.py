@@ -25,7 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.shards.names import is_remote, public_name
-from data_pipelines.shards.tar import split_name
+from data_pipelines.shards.tar import member_name, split_name
 from data_pipelines.shards.walk import TarWalk
 
 _GZIP = b"\x1f\x8b"
@@ -97,7 +97,8 @@ def _once(
             yield member
             continue
         # Bytes that are no UTF-8 are named as the index names them.
-        path = member["fname"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
+        path = member["fname"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        path = member_name(path)
         named = _named(path)
         if named is None:
             continue
@@ -116,7 +117,7 @@ def _once(
 
 def _named(path: str) -> tuple[str, str] | None:
     """(key, suffix) of a member of a sample; None for others, and for names that point outside."""
-    return None if path.startswith("/") or ".." in path.split("/") else split_name(path)
+    return None if ".." in path.split("/") else split_name(path)
 
 
 def _as_problem(error: Exception, shard: str) -> ShardError:
@@ -162,7 +163,7 @@ class _Checked:
         """The reader's members; what it raises ends them, and makes the sample of the member under way unusable."""
         try:
             for member in files:
-                self._given += bool(member) and _named(member["fname"].removeprefix("./")) is not None
+                self._given += bool(member) and _named(member_name(member["fname"])) is not None
                 yield member
         except (ValueError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
             self._raised = True

@@ -9,7 +9,8 @@ A damaged shard gives the whole samples before the damage and a problem that say
 cannot go on behind a header that is wrong. The webdataset package ends such a shard silently.
 
 Key and suffix follow webdataset: the base name is split at its first dot, the key keeps the folder ("a/b.0.jpg" → key
-"a/b", suffix "0.jpg", lower case). Names whose base begins with a dot (macOS junk) and `__meta__` are no samples.
+"a/b", suffix "0.jpg", lower case). Names whose base begins with a dot (macOS junk) and `__meta__` are no samples. A
+leading "/" or "./" is left out, as tar does. Names with ".." are refused: an import makes new members' names of keys.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ _META = re.compile(r"__[^/]*__($|/)")
 REGULAR = b"0\0007"
 _OTHER = {ord("1"): "hard link", ord("2"): "symbolic link", ord("3"): "device", ord("4"): "device", ord("6"): "pipe"}
 _ZEROS = bytes(BLOCK)
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +124,8 @@ def _members(file: ShardFile, problems: list[ShardError]) -> Iterator[tuple[Head
     """Every member's header, with long names resolved, and the offset of its data."""
     if file.size == 0:
         raise ShardError(file.name, "bad_header", "the file is empty")
-    if file.read(0, min(2, file.size)) == b"\x1f\x8b":
-        raise ShardError(
-            file.name, "bad_header", "gzip content: decompress it, a compressed shard has no random access"
-        )
+    if file.size < BLOCK and (foreign := _foreign_content(file.read(0, file.size))):
+        raise ShardError(file.name, "bad_header", foreign)
     offset, overrides = 0, dict[str, str]()
     while offset + BLOCK <= file.size:
         block = file.read(offset, BLOCK)
@@ -160,11 +165,23 @@ def parse_header(block: bytes, name: str, offset: int) -> Header:
     summed = block[:148] + block[156:]
     unsigned = sum(summed) + 256
     if size < 0 or (stored != unsigned and stored != unsigned - 256 * sum(byte > 127 for byte in summed)):
-        raise ShardError(name, "bad_header", f"no tar header at byte {offset} (wrong checksum)")
+        foreign = None if offset else _foreign_content(block)
+        message = f"no tar header at byte {offset} (wrong checksum; it begins with {block[:16]!r})"
+        raise ShardError(name, "bad_header", foreign or message)
     text = _text(block[0:100])
     if block[257:263] == b"ustar\0" and block[345]:
         text = f"{_text(block[345:500])}/{text}"
     return Header(text, size, block[156], zlib.crc32(block))
+
+
+def _foreign_content(head: bytes) -> str | None:
+    """What a file that begins with `head` is instead of a tar, where that is plain, and what to do."""
+    for magic, (form, tool) in _COMPRESSED.items():
+        if head.startswith(magic):
+            return f"compressed with {form}: decompress it ({tool}), a compressed shard has no random access"
+    if head.lstrip()[:1] == b"<":
+        return f"no tar: it begins with {head[:24]!r}, so a page was saved in its place; fetch it again"
+    return None
 
 
 def _extended(file: ShardFile, header: Header, offset: int) -> dict[str, str]:
@@ -196,18 +213,33 @@ def parse_extended(header: Header, data: bytes, shard: str, offset: int) -> dict
 
 
 def key_and_suffix(header: Header, shard: str, problems: list[ShardError]) -> tuple[str, str] | None:
-    """(key, suffix) of a regular member; None for what belongs to no sample, reported unless that is common."""
+    """(key, suffix) of a regular member; None for what belongs to no sample. Members that a sample loses are reported.
+
+    Once a sample where they stand together; folders, and links and devices by other names than a sample's, are junk.
+    """
+    name = member_name(header.name)
+    named = split_name(name)
+    if named is None or header.kind == ord("5"):
+        return None
     if header.kind not in REGULAR:
-        if header.kind != ord("5"):
-            what = _OTHER.get(header.kind, f"type {header.kind:#x}")
-            problems.append(ShardError(shard, "not_a_file", f"member {header.name!r} is a {what}: ignored"))
-        return None
-    name = header.name.removeprefix("./")
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts:
-        problems.append(ShardError(shard, "unsafe_name", f"member {header.name!r} points outside: ignored"))
-        return None
-    return split_name(name)
+        what = _OTHER.get(header.kind, f"type {header.kind:#x}")
+        reason = "not_a_file"
+        message = f"member {header.name!r} is a {what}, without content; write the tar with --dereference"
+        if header.kind == ord("1"):
+            message += " --hard-dereference"
+    elif ".." in name.split("/"):
+        reason, message = "unsafe_name", f"member {header.name!r} points outside: left out; write the tar without '..'"
+    else:
+        return named
+    key = f"{shard}/{named[0]}"
+    if not problems or (problems[-1].key, problems[-1].reason) != (key, reason):
+        problems.append(ShardError(key, reason, message))
+    return None
+
+
+def member_name(name: str) -> str:
+    """A member's name without what leads to the root or here: "/a/b.jpg" and "./a/b.jpg" are "a/b.jpg"."""
+    return name.removeprefix("./").lstrip("/")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -215,7 +247,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
     Suffixes that begin with "__" are none: the package keeps facts of its own under such names ("__key__").
     """
-    match = _NAME.match(name.removeprefix("./"))
+    match = _NAME.match(member_name(name))
     if match is None or _META.match(name) or match[2].startswith("__"):
         return None
     return match[1], match[2].lower()

@@ -134,7 +134,7 @@ def test_the_shard_itself_is_checked(tmp_path):
         "scattered_key": False,
         "duplicate_key": True,
         "cut_shard": True,
-        "no_samples": False,
+        "no_samples": True,
     }
     assert summary.bad_samples == 0
 
@@ -293,3 +293,24 @@ def test_json_lines_with_media_beside_them_are_checked_too(tmp_path):
     heard, summary = run([path])
     assert sorted(finding.reason for finding in heard.findings) == ["bad_json", "corrupt_image", "missing_media"]
     assert summary.samples - summary.bad_samples == 2
+
+
+def test_a_shard_without_samples_and_lost_members_fail(tmp_path, capsys, monkeypatch):
+    """`tar -P` of relative paths that lead upwards, symbolic links instead of pictures: nothing would be trained."""
+    monkeypatch.setenv("COLUMNS", "150")
+    outside = write_tar(tmp_path / "outside.tar", [("../a.json", caption()), ("../a.0.png", picture())])
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for name in ("a.json", "a.0.png"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, f"../{name}"
+            tar.addfile(link)
+    junk = write_tar(tmp_path / "junk.tar", [("README", b"no sample"), ("._a.json", b"of macOS")])
+    for shard, reason in ((outside, "unsafe_name"), (str(tmp_path / "links.tar"), "not_a_file"), (junk, "no_samples")):
+        assert main(["check", shard]) == 1
+        assert reason in capsys.readouterr().out
+        assert main(["index", shard, "--strict"]) == 1
+        assert reason in capsys.readouterr().out
+    absolute = write_tar(tmp_path / "absolute.tar", [("/a.json", caption()), ("/a.0.png", picture())])
+    assert main(["check", absolute]) == 0
+    assert "1 of 1 sample is sound, 0 losses" in capsys.readouterr().out
+    assert main(["index", absolute, "--strict"]) == 0

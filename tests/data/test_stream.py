@@ -41,7 +41,8 @@ LONG = tar_bytes((f"{'long/' * 60}a.json", b"{}"), ("ä.json", b"1"), ("b.json",
 
 
 TWICE = tar_bytes(("a.json", b"1"), ("b.json", b"2"), ("b.json", b"3"), ("c.json", b"4"))
-OUTSIDE = tar_bytes(("../a.json", b"1"), ("/b.json", b"1"), ("c.json", b"4"))
+OUTSIDE = tar_bytes(("../a.json", b"1"), ("../a.jpg", b"1"), ("c.json", b"4"))
+ABSOLUTE = tar_bytes(("/a.json", b"1"), ("/a.jpg", b"1"), ("./b.json", b"4"))
 LATIN = tar_bytes(("ä.json", b"1"), ("b.json", b"2"), form=tarfile.GNU_FORMAT, encoding="latin-1")
 # Names under which the package keeps facts of its own.
 RESERVED = tar_bytes(("a.__key__", b"z"), ("a.json", b"1"), ("b.__url__", b"z"), ("b.json", b"2"))
@@ -74,7 +75,8 @@ DAMAGE = {
     "empty": (b"", "", ["bad_header"]),
     "a page": (b"<html>" * 500, "", ["bad_header"]),
     "a member twice": (TWICE, "ac", ["duplicate_key"]),
-    "outside": (OUTSIDE, "c", ["unsafe_name", "unsafe_name"]),
+    "outside": (OUTSIDE, "c", ["unsafe_name"]),
+    "absolute names": (ABSOLUTE, "ab", []),
     "the package's own names": (RESERVED, "ab", []),
 }  # fmt: skip
 
