@@ -17,6 +17,7 @@ replaced once, then the run ends with the names of the pack's shards.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import pickle
@@ -310,6 +311,7 @@ def isolate(parent: int) -> None:
     The kernel's signal follows the thread that forked the worker, so a pool is used from its process's main thread.
     """
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would touch, and so copy, the pages of all that came with the fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":

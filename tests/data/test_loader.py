@@ -5,8 +5,10 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from data_pipelines.config import LoaderConfig, SourceConfig
 from data_pipelines.errors import ShardError, UserError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
+from data_pipelines.pack import plan_process
+from data_pipelines.plan.planner import Planner
 from data_pipelines.shards.writer import ShardWriter
 from data_pipelines.streaming import StreamLoader
 
@@ -242,23 +246,125 @@ def children(process):
 
 
 def load_and_wait(tiny):
+    torch.set_num_threads(1)  # a forked process has none of the threads of its parent's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     iterator = iter(loader(tiny, workers=2))
     next(iterator)
     time.sleep(60)
 
 
-def test_a_terminated_process_takes_its_workers_along(tiny):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_process_takes_its_own_along_however_it_ends(tiny, how):
     parent = multiprocessing.get_context("fork").Process(target=load_and_wait, args=(tiny,))
     parent.start()
-    deadline = time.monotonic() + 20
-    while len(workers := children(parent.pid)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(workers) == 3  # two workers, and the plan's process
-    parent.terminate()
-    parent.join(20)
-    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    try:
+        deadline = time.monotonic() + 40
+        while len(made := children(parent.pid)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(made) == 3  # two workers, and the plan's process
+        time.sleep(0.3)
+        if how == signal.SIGINT:  # a terminal's Ctrl-C reaches all of them
+            for process in made:
+                os.kill(process, how)
+        os.kill(parent.pid, how)
+        while any(map(alive, [parent.pid, *made])) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(alive, [parent.pid, *made]))
+    finally:
+        parent.kill()
+        parent.join()
+
+
+def alive(process):
+    """Whether it runs; one that nobody has waited for yet is gone, too."""
+    path = Path(f"/proc/{process}/stat")
+    try:
+        return path.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_training_process_plans_nothing(tiny, reference, monkeypatch):
+    plan, here = Planner.next_pack, os.getpid()
+
+    def elsewhere(planner):
+        assert os.getpid() != here
+        return plan(planner)
+
+    monkeypatch.setattr(Planner, "next_pack", elsewhere)
+    assert run(tiny, STEPS, workers=1)[0] == reference
+
+
+@pytest.mark.parametrize("packing", ["pool", "task"])
+def test_a_killed_planner_is_replaced_and_the_packs_stay_the_same(tiny, damaged, monkeypatch, packing):
+    monkeypatch.setattr(plan_process, "_PIPE_BYTES", 4096)  # a few steps ahead, so that deaths are soon noticed
+    config = replace(tiny.config(), sources=tiny.config().sources | damaged.sources)
+    config = replace(config, plan=replace(config.plan, packing=packing, max_tokens=64))
+    whole, _ = packs_of(PackLoader(config, tiny.tokenizer, PACKS, 0, 1, seed=0), 60)
+    config = replace(config, loader=replace(config.loader, num_workers=1))
+    killed, deaths = packs_of(PackLoader(config, tiny.tokenizer, PACKS, 0, 1, seed=0), 60, kill_at=(1, 2, 30))
+    assert killed == whole
+    assert deaths
+    assert {(event.dataset, event.reason) for event in deaths} == {("", "worker_replaced")}
+    assert all("plans the packs died (exit -9)" in event.message for event in deaths)
+
+
+def packs_of(instance, steps, kill_at=()):
+    """The batches of some steps without what was told of deaths, and that; the planner is killed after some steps."""
+    found, deaths = [], []
+    for number, step in zip(range(steps), instance, strict=False):
+        if number in kill_at:
+            os.kill(instance._plan.feed.pid, signal.SIGKILL)
+        for batch in step:
+            told = [event for event in batch.events if event.reason == "worker_replaced"]
+            deaths += told
+            batch.events = tuple(event for event in batch.events if event not in told)
+            found.append(fingerprint(batch))
+    instance.close()
+    return found, deaths
+
+
+def test_a_planner_that_dies_again_and_again_ends_the_run(tiny, monkeypatch):
+    monkeypatch.setattr(Planner, "next_pack", lambda planner: os.kill(os.getpid(), signal.SIGKILL))
+    instance = loader(tiny, workers=1)
+    with pytest.raises(RuntimeError, match=r"process that plans the packs dies again and again \(exit -9\)"):
+        next(iter(instance))
+    instance.close()
+
+
+def test_an_error_of_the_plan_reaches_the_training_process_as_it_is(tiny, damaged):
+    nothing = replace(damaged, plan=replace(damaged.plan, max_tokens=4))  # a picture alone takes as much
+    errors = []
+    for workers in (0, 1):
+        config = replace(nothing, loader=replace(nothing.loader, num_workers=workers))
+        instance = PackLoader(config, tiny.tokenizer, PACKS, 0, 1, 0)
+        with pytest.raises(ShardError) as raised:
+            next(iter(instance))
+        instance.close()
+        errors.append((raised.value.key, raised.value.reason, str(raised.value)))
+    assert errors[0] == errors[1]
+    assert errors[0][:2] == ("damaged", "empty_source")
+
+
+def test_a_defect_of_the_plan_shows_its_traceback(tiny, monkeypatch):
+    def broken(planner):
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(Planner, "next_pack", broken)
+    instance = loader(tiny, workers=1)
+    with pytest.raises(RuntimeError, match=r"(?s)process that plans the packs failed.*KeyError: 'a defect'"):
+        next(iter(instance))
+    instance.close()
+
+
+def test_closing_and_iterating_again_leave_no_process(tiny):
+    before = children(os.getpid())
+    instance = loader(tiny, workers=1)
+    for _ in range(3):
+        next(iter(instance))
+        assert len(set(children(os.getpid())) - set(before)) == 2
+    instance.close()
+    assert not set(children(os.getpid())) - set(before)
 
 
 def test_the_shares_that_a_schedule_wants_change_with_the_tokens(tiny):
