@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from data_pipelines.errors import UserError
 from qwen2vl_train.compose import as_yaml, compose_settings
 from qwen2vl_train.config import ConfigError
 from qwen2vl_train.overrides import config_dir, load_config
+from qwen2vl_train.training.launcher import leave_for_torchrun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("QWEN2VL_DEBUG"):
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):  # a configuration is wrong on all ranks alike
-            where = f" (rank {rank})" if "WORLD_SIZE" in os.environ else ""
+        rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+        where = f" (rank {rank})" if "WORLD_SIZE" in os.environ else ""
+        leave_for_torchrun(f"error{where}: {error}", time.time())
+        if local_rank == "0" or not isinstance(error, ConfigError):  # a configuration is wrong on all its ranks alike
             print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
         return 2
     return code
@@ -111,7 +114,7 @@ def _train(options: argparse.Namespace) -> int:
     code = 0
     with StopRequest() as stop:
         with LeaveOnSignal():
-            world = start_world(run.engine.timeout_s)
+            world = start_world(run.engine.timeout_s, run.engine.meeting_s)
         stop.announce = world.is_main
         try:
             summary = run_chain(run, settings, world, stop)
@@ -138,7 +141,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from qwen2vl_train.training.watchdog import Watchdog
     from qwen2vl_train.training.world import end_world, start_world
 
-    world = start_world(run.engine.timeout_s)
+    world = start_world(run.engine.timeout_s, run.engine.meeting_s)
     data = run.stages[options.stage].data
     at: list[str] = []
     try:

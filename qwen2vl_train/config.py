@@ -131,8 +131,9 @@ class StageConfig:
 class EngineConfig:
     """DeepSpeed's part. Sizes count elements; offload keeps optimizer state (or parameters too) in host memory.
 
-    `timeout_s` bounds every collective: ranks that wait longer for another one end the run. `sequence_parallel`
-    neighbouring ranks share one pack; it divides the number of ranks and the decoder's attention heads.
+    `timeout_s` bounds every collective: ranks that wait longer for another one end the run; `meeting_s` bounds the wait
+    until all ranks have come, at the start. `sequence_parallel` neighbouring ranks share one pack; it divides the
+    number of ranks and the decoder's attention heads.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -146,9 +147,14 @@ class EngineConfig:
     overlap_comm: bool = True
     timeout_s: float = 5400.0
     sequence_parallel: int = 1
+    meeting_s: float = 600.0
 
     def __post_init__(self) -> None:
         _at_least(1, sequence_parallel=self.sequence_parallel)
+        if not 0 < self.meeting_s < math.inf:
+            raise ValueError(
+                f"meeting_s={self.meeting_s} must be above 0 and finite: for so long ranks wait for others"
+            )
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"offload_parameters=true needs zero_stage=3, not {self.zero_stage}")
         if self.offload_optimizer and self.zero_stage == 0:

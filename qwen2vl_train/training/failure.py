@@ -16,13 +16,12 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store
 
 from data_pipelines.errors import UserError
-from data_pipelines.whole import write_whole
+from qwen2vl_train.training.launcher import leave_for_torchrun
 from qwen2vl_train.training.world import World
 
 _CONSEQUENCE = re.compile(
@@ -44,7 +43,7 @@ def exit_after(error: Exception, world: World, code: int | None = None) -> NoRet
     own = describe_failure(world.rank, str(error) if mendable else f"{type(error).__name__}: {error}")
     trace = "" if mendable and not os.environ.get("QWEN2VL_DEBUG") else "".join(traceback.format_exception(error))
     # before the others can learn of it and end: torchrun looks for it as soon as one has
-    _leave_for_torchrun(f"{trace}{name_failure(own)}", own["time_s"])
+    leave_for_torchrun(f"{trace}{name_failure(own)}", own["time_s"])
     store = _connect(world)
     first = _first_cause(own, store, wait_only=is_consequence(error)) or own
     try:
@@ -67,7 +66,7 @@ def is_consequence(error: BaseException) -> bool:
 def name_first_cause(first: dict[str, Any], rank: int) -> str:
     """What rank `rank` says when it ends because of `first`, another rank's failure; torchrun will say it, too."""
     text = f"rank {rank} ended: rank {first['rank']} ({first['host']}) failed first\n{name_failure(first)}"
-    _leave_for_torchrun(text, first["time_s"] + 1)  # torchrun takes the earliest for the root, in whole seconds
+    leave_for_torchrun(text, first["time_s"] + 1)  # torchrun takes the earliest for the root, in whole seconds
     return text
 
 
@@ -98,11 +97,6 @@ def leave_store(store: Store | None, world: World) -> None:
             time.sleep(0.1)
 
 
-def leave_stall_for_torchrun(report: str) -> None:
-    """Have torchrun's closing block repeat the watchdog's report."""
-    _leave_for_torchrun(report, time.time())
-
-
 def describe_failure(rank: int, message: str) -> dict[str, Any]:
     """A cause as the ranks tell each other of it."""
     return {"rank": rank, "host": socket.gethostname(), "message": message, "time_s": time.time()}
@@ -111,15 +105,6 @@ def describe_failure(rank: int, message: str) -> dict[str, Any]:
 def name_failure(cause: dict[str, Any]) -> str:
     """The line that a rank's words end with."""
     return f"error (rank {cause['rank']}): {cause['message']}"
-
-
-def _leave_for_torchrun(text: str, time_s: float) -> None:
-    """Write torchrun's error file in the form of its ErrorHandler; nothing without torchrun."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"py_callstack": text, "timestamp": str(int(time_s))}
-        with suppress(OSError):  # whole, because torchrun may read it at any moment
-            write_whole(Path(path), json.dumps({"message": {"message": text, "extraInfo": extra}}), flush=False)
 
 
 def _connect(world: World) -> Store | None:

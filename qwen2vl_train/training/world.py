@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed.rendezvous import rendezvous
 
 from data_pipelines.errors import UserError
 from qwen2vl_train.training.launcher import Launcher, find_launcher
+from qwen2vl_train.training.meeting import Meeting
 from qwen2vl_train.training.restart import is_restart
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class World:
     @property
     def hosts_store(self) -> bool:
         """Whether the rendezvous store lives in this process, and ends with it; torchrun's agent holds it else."""
-        return self.is_main and self.size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        return self.is_main and self.size > 1 and not _has_agent_store()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -94,19 +94,23 @@ class World:
         return PrefixStore(f"qwen2vl/{self.start}/{prefix}", store)
 
 
-def start_world(timeout_s: float) -> World:
+def start_world(timeout_s: float, meeting_s: float = 600.0) -> World:
     """Join the process group (NCCL on CUDA, gloo on CPU) and say which device is this rank's.
 
-    `timeout_s` bounds every collective: a rank that never arrives ends the run instead of hanging it.
+    `timeout_s` bounds every collective: a rank that never arrives ends the run instead of hanging it; `meeting_s` the
+    time until all ranks have met.
 
     Raises:
-        UserError: more ranks on this machine than GPUs, or the ranks cannot meet (a port in use, a wrong address).
+        UserError: more ranks on this machine than GPUs, or the ranks cannot meet (a port in use, a wrong address, a
+            node that does not come).
     """
     launcher = find_launcher()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    local_rank = int(os.environ["LOCAL_RANK"])
+    rank, size, local_rank, port = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -116,20 +120,32 @@ def start_world(timeout_s: float) -> World:
                 "for each (--nproc-per-node, --num_gpus, --ntasks-per-node), or look at CUDA_VISIBLE_DEVICES"
             )
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout_s)
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=limit))
-        store = PrefixStore(f"start{_local_restarts()}", store)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, store=store, rank=rank, world_size=size)
-    except dist.DistError as error:
-        raise UserError(
-            f"the ranks cannot meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} "
-            f"({str(error).splitlines()[0]}); choose a free port and an address of rank 0's machine that all reach"
-        ) from error
-    starts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(starts, (secrets.token_hex(4), is_restart()))
+    limit, names, address = timedelta(seconds=timeout_s), f"start{_local_restarts()}", os.environ["MASTER_ADDR"]
+    with Meeting(rank, size, local_rank, address, port, names, meeting_s, launcher) as meeting:
+        try:
+            hosts = rank == 0 and not _has_agent_store()
+            patience = timedelta(seconds=meeting_s)
+            # as rendezvous("env://") makes it, but rank 0 does not wait here, where it could not say for whom
+            server = TCPStore(address, port, None, hosts, patience, wait_for_workers=False, multi_tenant=hosts)
+            store = PrefixStore(names, server)
+            meeting.wait_for_all(store)
+            store.set_timeout(limit)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, store=store, rank=rank, world_size=size)
+        except dist.DistError as error:
+            waited = f"; waited {meeting_s:g} s (engine.meeting_s) {meeting.describe()}" if meeting.is_over else ""
+            raise UserError(
+                f"the ranks cannot meet at MASTER_ADDR={address} MASTER_PORT={port} ({str(error).splitlines()[0]})"
+                f"{waited}; choose a free port and an address of rank 0's machine that all reach"
+            ) from error
+        starts: list[Any] = [None] * size
+        dist.all_gather_object(starts, (secrets.token_hex(4), is_restart()))
     restarted = any(again for _, again in starts)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starts[0][0], restarted, launcher)
+    return World(rank, size, local_rank, device, starts[0][0], restarted, launcher)
+
+
+def _has_agent_store() -> bool:
+    """Whether torchrun's agent holds the store where the ranks meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _local_restarts() -> str:

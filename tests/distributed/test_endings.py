@@ -106,7 +106,7 @@ def test_a_rank_that_fails_in_an_evaluation_ends_the_others(tmp_path):
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     code = (
         "import sys, time; from qwen2vl_train import cli; from qwen2vl_train.evaluation import runner\n"
-        "def evaluate(model, heldout, data, config, world, progress):\n"
+        "def evaluate(model, heldout, data, config, world, *more):\n"
         "    if world.rank: raise RuntimeError('the cause')\n"
         "    time.sleep(1000)\n"
         "runner.evaluate = evaluate; sys.exit(cli.main(['evaluate', 'x', 'experiment=demo']))"

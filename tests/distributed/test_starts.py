@@ -28,6 +28,20 @@ except Exception as error:
     exit_after(error, world)
 """
 
+MEET = """
+import os, sys, time
+from data_pipelines.errors import UserError
+from qwen2vl_train.training import meeting, world
+meeting._FIRST_S, meeting._GRACE_S = 1.0, 1.0
+if sys.argv[1:] == [os.environ["RANK"]]:  # comes, and never connects
+    world.dist.init_process_group = lambda *words, **more: time.sleep(1000)
+try:
+    world.start_world(60, meeting_s=5)
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
 
 def free_port():
     with socket.socket() as probe:
@@ -40,7 +54,7 @@ def start_rank(words, rank, ranks, port, **extra):
     places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return subprocess.Popen(
-        words, cwd=ROOT, env=environment(**places, **address, **extra), stdout=subprocess.PIPE,
+        words, cwd=ROOT, env=environment(**places | address | extra), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -81,3 +95,40 @@ def test_ranks_whose_launcher_is_killed_end_with_it_instead_of_training_on_besid
     assert alive == []
     for rank in (0, 1):
         assert f"error (rank {rank}): torchrun (process {agent.pid}) has died on" in log.read_text()
+
+
+def test_ranks_that_others_do_not_come_to_say_for_whom_they_wait_and_end(tmp_path):
+    """Ranks 0 and 1 of 4 share a node, of which one speaks; rank 3 is another node's, which does not find rank 0."""
+    port, place = free_port(), "MASTER_ADDR=127.0.0.1 MASTER_PORT="
+    first, second = (start_rank([sys.executable, "-c", MEET], rank, 4, port) for rank in (0, 1))
+    lost = start_rank([sys.executable, "-c", MEET], 3, 4, free_port(), LOCAL_RANK="0")
+    said, silent, alone = (rank.communicate(timeout=120)[1] for rank in (first, second, lost))
+    assert [rank.returncode for rank in (first, second, lost)] == [2, 2, 2]
+    assert f"s at 127.0.0.1:{port} for 2 of 4 ranks: 2, 3 (the run ends after 5 s, engine.meeting_s)" in said
+    assert f"error: the ranks cannot meet at {place}{port} (" in said
+    assert "waited 5 s (engine.meeting_s)" in said
+    assert "the run ends after" not in silent
+    assert "error: the ranks cannot meet at" in silent
+    assert "for the store of rank 0's machine at 127.0.0.1:" in alone
+    assert "which does not answer (the run ends after 5 s" in alone
+
+
+def test_ranks_that_come_and_do_not_reach_each_other_end_too(tmp_path):
+    port = free_port()
+    first, second = (start_rank([sys.executable, "-c", MEET, "1"], rank, 2, port) for rank in (0, 1))
+    said = first.communicate(timeout=120)[1]
+    second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert f"for connections: all 2 ranks have come to 127.0.0.1:{port} but do not reach each other" in said
+
+
+def test_under_torchrun_the_missing_rank_is_named_in_its_closing_words(tmp_path):
+    code = f"import os, time\nif os.environ['RANK'] == '1': time.sleep(1000)\n{MEET}"
+    (tmp_path / "meet.py").write_text(code.replace("sys.exit(2)", "raise"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = subprocess.run(
+        [*launcher, str(tmp_path / "meet.py")],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert "for 1 of 2 ranks: 1" in ended.stderr
