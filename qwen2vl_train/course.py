@@ -98,11 +98,13 @@ def refuse_other_settings(run: RunConfig, name: str, resume: str = "auto") -> No
     Raises:
         ConfigError: naming each key that differs, with both values.
     """
-    path = settings_file(run, name) if resume == "auto" else Path(resume).resolve().parent.parent / "settings.json"
-    if not path.is_file() or not _has_begun(path.parent):
+    folder = Path(run.run_dir) / name
+    held = _kept(settings_file(run, name)) if resume == "auto" else _settings_of_checkpoint(Path(resume))
+    if held is None or (resume == "auto" and not _has_begun(folder)):
         return
-    mine, held = _deciding_settings(run, name), json.loads(path.read_text())
-    held.pop(_WEIGHTS, None)
+    mine = _deciding_settings(run, name)
+    for key in (_WEIGHTS, f"stages.{name}.evaluate"):  # older runs kept the second
+        held.pop(key, None)
     # a key that did not exist then had its default's effect
     held = {key: value for key, value in _defaults_of(run, name).items() if key in mine} | held
     changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
@@ -115,8 +117,12 @@ def refuse_other_settings(run: RunConfig, name: str, resume: str = "auto") -> No
     if changed:
         accept = ", set data_change=accept" if all(key.startswith(sources) for key in changed) else ""
         listed = "; ".join(f"{key}: was {held.get(key)}, is {mine.get(key)}" for key in changed[:10])
+        if resume != "auto":
+            raise ConfigError(
+                f"resume={resume} was written with other settings ({listed}). Restore them, or name another checkpoint"
+            )
         raise ConfigError(
-            f"{path.parent} was begun with other settings ({listed}). Restore them{accept}, choose another "
+            f"{folder} was begun with other settings ({listed}). Restore them{accept}, choose another "
             f"run_dir, or start the stage anew with stage={name} resume=none"
         )
 
@@ -157,12 +163,28 @@ def keep_settings(run: RunConfig, name: str, resume: str = "auto") -> None:
     write_json(path, _deciding_settings(run, name) | {_WEIGHTS: weights})
 
 
+def settings_of(run: RunConfig, name: str) -> dict[str, Any]:
+    """What `keep_settings` has kept of stage `name`."""
+    return _kept(settings_file(run, name)) or {}
+
+
 def settings_file(run: RunConfig, name: str) -> Path:
     """Where the settings that stage `name` was begun with are kept."""
     return Path(run.run_dir) / name / "settings.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    kept: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return kept
+
+
+def _settings_of_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Those that a checkpoint was written with: its own, or its stage's; None where neither is known."""
+    held: dict[str, Any] | None = (_kept(path / "state.json") or {}).get("settings")
+    return held or _kept(path.resolve().parent.parent / "settings.json")
 
 
 def _has_begun(folder: Path) -> bool:
@@ -184,7 +206,8 @@ def _weights_now(run: RunConfig, name: str) -> str | None:
 def _deciding_settings(run: RunConfig, name: str) -> dict[str, Any]:
     """The settings that change what stage `name` makes, flat, as JSON reads them back."""
     stage = asdict(run.stages[name])
-    for how in ("loader", "remote"):  # workers and caches do not change what is trained
+    stage.pop("evaluate")  # a score changes nothing that is trained, nor do workers and caches
+    for how in ("loader", "remote"):
         stage["data"].pop(how)
     flat = _flat({"seed": run.seed, "model.config": asdict(run.model.config), f"stages.{name}": stage})
     plain: dict[str, Any] = json.loads(json.dumps(flat))

@@ -32,6 +32,7 @@ from qwen2vl_train.course import (
     refuse_other_settings,
     refuse_other_weights,
     resume_of,
+    settings_of,
 )
 from qwen2vl_train.evaluation.runner import Report, evaluate
 from qwen2vl_train.model.config import ModelConfig
@@ -174,7 +175,8 @@ def _run_stage(
     watchdog.note(f"indexing the shards of {name}", limit_s=math.inf)
     index_data(name, stage.data, tokenizer, monitor)
     stop.obey(world, f"before {name}, its shards indexed")  # ranks meet before limits count again
-    progress = Trainer(run, name, init, config, world, monitor, resume).fit(stop, watchdog)
+    origin = world.from_main(lambda: {"settings": settings_of(run, name), "revision": _git_revision()})
+    progress = Trainer(run, name, init, config, world, monitor, resume, origin).fit(stop, watchdog)
     report = Report({}, {}, [])
     if stage.evaluate and run.data.heldout:
         sets, at = len(run.data.heldout), list[str]()

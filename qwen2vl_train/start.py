@@ -1,8 +1,8 @@
-"""Whether the folder that a stage starts from holds the model and the vocabulary that the run trains.
+"""Whether what a stage starts from, a folder or a checkpoint, holds the model that the run trains.
 
-Enters: a Hugging Face folder, the run's model and tokenizer. Leaves: a `ConfigError` where the weights would compute
-something else than they were trained for, which no tensor's shape shows (a rotary base, an epsilon, another token
-under an id). Reads `config.json` and `tokenizer.json` alone.
+Enters: a Hugging Face folder or a checkpoint, the run's model and tokenizer. Leaves: a `ConfigError` where the weights
+would compute something else than they were trained for, which no tensor's shape shows (a rotary base, an epsilon,
+another token under an id). Reads `config.json` and `tokenizer.json` alone, or `state.json`.
 
 Not compared: what changes nothing that is computed (`max_position_embeddings`, `initializer_range`), token ids, which
 follow from the tokenizer, and `vision.rope_theta`, for which the published form has no place.
@@ -10,6 +10,7 @@ follow from the tokenizer, and `vision.rope_theta`, for which the published form
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -40,16 +41,32 @@ def refuse_other_model(
         held = ModelConfig.from_hf(folder)
     except UserError as error:
         raise ConfigError(f"{key}: {folder}: {error}; choose another folder") from error
-    theirs, ours = _computed(held), _computed(config)
-    changed = [name for name in ours if theirs[name] != ours[name]]
-    if changed:
-        listed = "; ".join(f"{name}: the folder has {theirs[name]}, this run {ours[name]}" for name in changed)
-        remedy = " ".join(f"{name}={_as_override(theirs[name])}" for name in changed)
+    if fault := _difference(asdict(held), asdict(config), "the folder"):
         raise ConfigError(
-            f"{key}: the weights in {folder} are of another model ({listed}). Set {remedy}; to go on with other values "
-            "on purpose, write them into a copy of the folder's config.json"
+            f"{key}: the weights in {folder} are of another model {fault}; to go on with other values on purpose, "
+            "write them into a copy of the folder's config.json"
         )
     _compare_tokenizers(folder, key, tokenizer, warn)
+
+
+def refuse_other_tensors(checkpoint: Path, config: ModelConfig) -> None:
+    """Refuse a checkpoint of another model, which DeepSpeed would meet as sizes that do not fit.
+
+    Raises:
+        ConfigError: naming each setting with both values. Checkpoints that do not tell their model pass.
+    """
+    held = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("model")
+    ours = json.loads(json.dumps(asdict(config)))  # tuples as JSON reads them back
+    if held is not None and (fault := _difference(held, ours, "it")):
+        raise ConfigError(f"{checkpoint} is of another model {fault} (a vocabulary of 0 follows data.tokenizer)")
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], owner: str) -> str:
+    """What of `theirs`, a model's settings, differs from `ours`, and how to set it; empty where nothing does."""
+    held, now = _computed(theirs), _computed(ours)
+    changed = [name for name in now if held[name] != now[name]]
+    listed = "; ".join(f"{name}: {owner} has {held[name]}, this run {now[name]}" for name in changed)
+    return f"({listed}). Set {' '.join(f'{name}={_as_override(held[name])}' for name in changed)}" if changed else ""
 
 
 def _compare_tokenizers(folder: Path, key: str, tokenizer: TextTokenizer, warn: Callable[[str], None]) -> None:
@@ -75,13 +92,12 @@ def _compare_tokenizers(folder: Path, key: str, tokenizer: TextTokenizer, warn: 
     )
 
 
-def _computed(config: ModelConfig) -> dict[str, Any]:
+def _computed(model: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the model's outputs, under the names that the command line has for it."""
-    text, vision = asdict(config.text), asdict(config.vision)
     parts: dict[str, Mapping[str, Any]] = {
-        "vision.": {name: value for name, value in vision.items() if name not in _VISION_FREE},
-        "text.": {name: value for name, value in text.items() if name not in _TEXT_FREE},
-        "": {name: getattr(config, name) for name in _COMPARED},
+        "vision.": {name: value for name, value in model["vision"].items() if name not in _VISION_FREE},
+        "text.": {name: value for name, value in model["text"].items() if name not in _TEXT_FREE},
+        "": {name: model[name] for name in _COMPARED},
     }
     return {f"model.config.{part}{name}": value for part, values in parts.items() for name, value in values.items()}
 
@@ -90,7 +106,7 @@ def _as_override(value: Any) -> str:
     """As Hydra reads it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple | list) else str(value)
 
 
 def _tokens(path: Path) -> dict[int, str]:

@@ -6,7 +6,7 @@ stage's figures. The loop is `Trainer.fit`; everything it calls per step is in `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
@@ -26,6 +26,7 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.parts import audit, format_audit, freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise, load_hf
+from qwen2vl_train.start import refuse_other_tensors
 from qwen2vl_train.training.ahead import DeviceFeed
 from qwen2vl_train.training.balancing import pack_cost, write_pack_cost
 from qwen2vl_train.training.checkpoint import CheckpointStore
@@ -59,8 +60,12 @@ class Trainer:
         world: World,
         monitor: Monitor,
         resume: str = "auto",
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepare the stage; `resume` as in the configuration, for this stage."""
+        """Prepare the stage; `resume` as in the configuration, for this stage.
+
+        `origin` (settings, revision) is kept in every checkpoint.
+        """
         self._run = run
         self._name = stage_name
         self._stage: StageConfig = run.stages[stage_name]
@@ -69,6 +74,7 @@ class Trainer:
         self._world = world
         self._monitor = monitor
         self._resume_from = resume
+        self._origin = dict(origin or {})
         self._folder = Path(run.run_dir) / stage_name
         self._tokenizer = TextTokenizer(run.data.tokenizer)
         share = run.engine.sequence_parallel
@@ -214,7 +220,13 @@ class Trainer:
         return PackLoader(*options, cost=cost)
 
     def _state(self, progress: Progress, loader: Loader) -> dict[str, Any]:
-        return {"stage": self._name, "progress": asdict(progress), "loader": loader.state_dict()}
+        return {
+            "stage": self._name,
+            "progress": asdict(progress),
+            "loader": loader.state_dict(),
+            "model": asdict(self._model_config),
+            **self._origin,
+        }
 
     def _farewell(self, stop: StopRequest, step: int, path: Path | None) -> str:
         kept = f"its checkpoint is {path}" if path else "its checkpoint could not be written (see above)"
@@ -258,6 +270,7 @@ class Trainer:
             self._monitor.forget_after(self._name, -1)
             self._world.from_main(lambda: forget_packs(self._folder, None))
             return Progress()
+        self._world.from_main(lambda: refuse_other_tensors(path, self._model_config))
         state = store.load(engine, path)
         restarts = loader.load_state_dict(state["loader"], accept_changes=self._run.data_change == "accept")
         for restart in restarts:

@@ -16,6 +16,7 @@ from qwen2vl_train.course import (
     refuse_other_settings,
     refuse_other_weights,
     resume_of,
+    settings_of,
 )
 from qwen2vl_train.export import CHECKSUMS, fingerprint
 from qwen2vl_train.model.config import ModelConfig
@@ -232,3 +233,28 @@ def test_a_named_checkpoint_is_taken_under_other_rates_but_not_with_other_groups
         _open_run(
             demo(tmp_path, taken, "stages.vision.optim.vit_layer_decay=0.5"), tmp_path, {}, alone, RunLock(tmp_path)
         )
+
+
+def test_a_checkpoint_without_its_run_around_it_tells_its_own_settings(tmp_path):
+    begin(written := demo(tmp_path / "run"), {})
+    lone = tmp_path / "step-00000001"
+    checkpoint(tmp_path / "run", "vision", settings=settings_of(written, "vision")).rename(lone)
+    shutil.rmtree(tmp_path / "run")
+    refuse_other_settings(demo(tmp_path / "other", "stages.vision.optim.lr.vit=0.5"), "vision", str(lone))
+    for word, said in (
+        ("model.config.text.hidden_size=64", r"model\.config\.text\.hidden_size: was 128, is 64"),
+        ("stages.vision.optim.name=sgd", r"stages\.vision\.optim\.name: was adamw, is sgd"),
+    ):
+        words = [word, "model.config.text.mrope_section=[2,3,3]"] if "hidden" in word else [word]
+        with pytest.raises(ConfigError, match=rf"resume={lone} was written with other settings \(.*{said}"):
+            refuse_other_settings(demo(tmp_path / "other", *words), "vision", str(lone))
+    checkpoint_of_an_older_release = checkpoint(tmp_path / "else", "vision")
+    refuse_other_settings(demo(tmp_path / "other"), "vision", str(checkpoint_of_an_older_release))
+
+
+def test_whether_a_begun_stage_is_scored_can_change(tmp_path):
+    begin(demo(tmp_path), {})
+    refuse_other_settings(demo(tmp_path, "stages.vision.evaluate=false"), "vision")
+    path = tmp_path / "vision" / "settings.json"
+    write_json(path, json.loads(path.read_text()) | {"stages.vision.evaluate": True})  # as releases before kept it
+    refuse_other_settings(demo(tmp_path, "stages.vision.evaluate=false"), "vision")

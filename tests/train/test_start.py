@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from data_pipelines.sources.bpe import train_bpe
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError
-from qwen2vl_train.start import refuse_other_model
+from qwen2vl_train.start import refuse_other_model, refuse_other_tensors
 from tests.model.builders import model_config
 
 
@@ -107,3 +107,19 @@ def test_tokens_added_behind_the_others_are_a_warning(folder, tokenizer):
     token = {"id": last, "content": "<new>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
     edit_tokenizer(folder, lambda content: content["added_tokens"].append(token | {"normalized": False}))
     assert f"({last + 1} there, {last} here)" in judge(folder, tokenizer)[0]
+
+
+def test_a_checkpoint_of_another_vocabulary_or_shape_is_refused_by_name(tmp_path):
+    config = model_config()
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps({"step": 3, "model": asdict(config)}))
+    refuse_other_tensors(tmp_path, replace(config, initializer_range=0.5))
+    larger = replace(config, text=replace(config.text, vocab_size=999), vision=replace(config.vision, depth=5))
+    message = (
+        rf"{tmp_path} is of another model \(model\.config\.vision\.depth: it has 2, this run 5; model\.config\.text\."
+        rf"vocab_size: it has {config.text.vocab_size}, this run 999\)\. Set model\.config\.vision\.depth=2 model"
+    )
+    with pytest.raises(ConfigError, match=message):
+        refuse_other_tensors(tmp_path, larger)
+    state.write_text(json.dumps({"step": 3}))  # of a release before
+    refuse_other_tensors(tmp_path, larger)
