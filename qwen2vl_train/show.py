@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.report.course import Course
 from data_pipelines.report.data_run import DataRun
 from data_pipelines.report.show import add_show_options, show
 from qwen2vl_train.config import ConfigError, RunConfig
@@ -38,7 +39,22 @@ def add_arguments(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     run, _ = load_config(options.overrides, options.config_dir)
-    return show(data_run(run, options.stage, options.world), options)
+    settings = data_run(run, options.stage, options.world)
+    name = stage_of(run, options.stage)
+    return show(settings, options, Course(name, packs=run.stages[name].steps * settings.packs_per_step))
+
+
+def stage_of(run: RunConfig, stage: str | None) -> str:
+    """The stage that is named, or the only one that runs.
+
+    Raises:
+        ConfigError: none is named and there are several, or no such stage.
+    """
+    name = stage or (run.chain[0] if len(run.chain) == 1 else "")
+    if name not in run.stages:
+        given = f"--stage {stage} is no stage of this experiment" if stage else "say which stage with --stage"
+        raise ConfigError(f"{given}: choose one of {', '.join(run.stages)}")
+    return name
 
 
 def data_run(run: RunConfig, stage: str | None, world: int) -> DataRun:
@@ -47,10 +63,7 @@ def data_run(run: RunConfig, stage: str | None, world: int) -> DataRun:
     Raises:
         ConfigError: no such stage, or a number of ranks that does not divide the packs of a step.
     """
-    name = stage or (run.chain[0] if len(run.chain) == 1 else "")
-    if name not in run.stages:
-        given = f"--stage {stage} is no stage of this experiment" if stage else "say which stage with --stage"
-        raise ConfigError(f"{given}: choose one of {', '.join(run.stages)}")
+    name = stage_of(run, stage)
     shared = run.engine.sequence_parallel  # ranks that hold one pack together
     if world % shared:
         raise ConfigError(f"--world {world} is not a multiple of engine.sequence_parallel={shared}")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,12 +11,15 @@ from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanCon
 from data_pipelines.loader import PackLoader
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.report.data_run import read_data_run
-from qwen2vl_train.config import ConfigError
+from qwen2vl_train.cli import main as qwen2vl
+from qwen2vl_train.config import ConfigError, MonitorConfig
 from qwen2vl_train.overrides import load_config
 from qwen2vl_train.show import data_run
 from qwen2vl_train.training.balancing import write_pack_cost
-from qwen2vl_train.training.records import add_change, forget_packs
+from qwen2vl_train.training.monitor import Monitor
+from qwen2vl_train.training.trainer import Trainer
 from tests.data.tiny_shards import make_tiny_shards
+from tests.model.builders import model_config
 
 
 def test_the_stage_seed_and_ranks_of_the_overrides_decide_the_packs():
@@ -29,6 +33,12 @@ def test_the_stage_seed_and_ranks_of_the_overrides_decide_the_packs():
 def test_the_only_stage_needs_no_name():
     run, _ = load_config(["experiment=demo", "stage=vision"])
     assert data_run(run, None, 1).data == run.stages["vision"].data
+
+
+def test_a_pack_far_beyond_the_experiment_is_refused_before_anything_is_planned(capsys):
+    words = ["show", "experiment=demo", "stage=vision", "stages.vision.steps=50", "--pack", "999999999"]
+    assert qwen2vl(words) == 2
+    assert "pack 999,999,999 lies far beyond the run, which is known to have 100 packs" in capsys.readouterr().err
 
 
 def test_impossible_stages_and_ranks_are_refused():
@@ -70,8 +80,8 @@ def data_of(tiny, weight):
     )
 
 
-def train(tiny, folder, weight, steps, state=None, done=0):
-    """What a run leaves of `steps` steps on two ranks (rank 0's packs are returned), resumed from `state`."""
+def train(tiny, folder, weight, steps, state=None):
+    """What `steps` steps on two ranks leave, resumed from the checkpoint `state`: rank 0's packs and a checkpoint."""
     data = data_of(tiny, weight)
     stages = {"vision": {"steps": 100, "packs_per_step": 4, "data": asdict(data)}}
     settings = {"data": {"tokenizer": tiny.tokenizer.path}, "seed": 5, "stages": stages, "chain": ["vision"]}
@@ -79,12 +89,26 @@ def train(tiny, folder, weight, steps, state=None, done=0):
     (folder / "environment.json").write_text(json.dumps({"world_size": 2}))
     write_pack_cost(folder / "vision", COST)
     loader = PackLoader(data, tiny.tokenizer, 4, 0, 2, 5, cost=COST)
-    forget_packs(folder / "vision", state)
-    if state is not None and (changes := loader.load_state_dict(state, accept_changes=True)):
-        add_change(folder / "vision", done, loader.state_dict(), changes)
+    progress = resume(folder / "vision", loader, state)
     given = [step for _, step in zip(range(steps), loader, strict=False)]
     loader.close()
-    return given, json.loads(json.dumps(loader.state_dict()))
+    progress.step += steps
+    path = folder / "vision" / "checkpoints" / f"step-{progress.step:08d}" / "state.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"progress": asdict(progress), "loader": loader.state_dict(), "world": 1}))
+    return given, path
+
+
+def resume(stage, loader, state):
+    """The trainer's own way on from `state`, without a model."""
+    trainer = object.__new__(Trainer)
+    trainer._run, trainer._resume_from = SimpleNamespace(data_change="accept"), "auto"
+    trainer._name, trainer._folder, trainer._model_config = "vision", stage, model_config()
+    trainer._world = SimpleNamespace(size=1, from_main=lambda do: do())
+    trainer._monitor = Monitor(stage.parent, MonitorConfig("disabled"), {}, active=False)
+    path = None if state is None else state.parent
+    store = SimpleNamespace(find=lambda resume: path, load=lambda engine, path: json.loads(state.read_text()))
+    return trainer._resume(store, None, loader)
 
 
 def shown(folder, out, *words):
@@ -102,7 +126,7 @@ def test_packs_behind_an_accepted_change_of_data_are_the_runs_and_those_before_i
     before, state = train(tiny, folder, 1.0, steps=4)
     title, numbers, keys = shown(folder, out, "--step", "4", "--rank", "0")
     assert (numbers, keys) == ([b.number for b in before[3]], [key for b in before[3] for key in b.keys])
-    after, later = train(tiny, folder, 4.0, steps=3, state=state, done=4)
+    after, later = train(tiny, folder, 4.0, steps=3, state=state)
     for step, packs in enumerate(after, 5):
         title, numbers, keys = shown(folder, out, "--step", str(step), "--rank", "0")
         assert (numbers, keys) == ([b.number for b in packs], [key for b in packs for key in b.keys])
@@ -110,14 +134,16 @@ def test_packs_behind_an_accepted_change_of_data_are_the_runs_and_those_before_i
     title, numbers, keys = shown(folder, out, "--pack", str(pack.number))
     assert (title, numbers, keys) == (f"Pack {pack.number}: step 7, rank 0 of 2", [pack.number], list(pack.keys))
     # a checkpoint behind the change spares planning, one before it is of no use
-    for name, kept in (("before", state), ("behind", later)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"loader": kept}))
-        words = ["--step", "8", "--state", f"{tmp_path}/{name}.json"]
-        assert shown(folder, out, *words) == shown(folder, out, "--step", "8")
+    for path in (state, later):
+        assert shown(folder, out, "--step", "8", "--state", str(path)) == shown(folder, out, "--step", "8")
     capsys.readouterr()
     for words in (["--pack", "15"], ["--step", "4"]):
         assert main(["show", str(folder), *words, "--out", str(out)]) == 2
         assert "was planned before the data changed at pack 16, after step 4 (shares changed" in capsys.readouterr().err
+    # a resume behind the change keeps it
+    again, _ = train(tiny, folder, 4.0, steps=1, state=later)
+    assert shown(folder, out, "--step", "8", "--rank", "0")[2] == [key for b in again[0] for key in b.keys]
+    assert len((folder / "vision" / "data_changes.jsonl").read_text().splitlines()) == 1
     # back to the checkpoint before the change, with the data of then: the run never had that change
-    train(tiny, folder, 1.0, steps=1, state=state, done=4)
+    train(tiny, folder, 1.0, steps=9, state=state)
     assert shown(folder, out, "--step", "4", "--rank", "0")[1] == [b.number for b in before[3]]
