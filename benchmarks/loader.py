@@ -25,7 +25,14 @@ from typing import Any
 import torch
 
 from benchmarks.decode import make_pictures
-from benchmarks.planning import fills, imbalances, planner_us_per_sample, resume, seconds_per_step
+from benchmarks.planning import (
+    fills,
+    imbalances,
+    main_seconds_per_step,
+    planner_us_per_sample,
+    resume,
+    seconds_per_step,
+)
 from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.decode.image import probe_image
 from data_pipelines.decode.record import parse_record
@@ -84,6 +91,8 @@ def main() -> None:
         "imbalance_256": round(balance["sorted 8"], 3) if balance else None,
         "imbalance_256_by_accumulation": {way: round(value, 3) for way, value in balance.items()},
         "planner_s_per_step_1024": round(seconds_per_step(), 3),
+        "planner_s_per_step_1024_short": round(seconds_per_step(short=True), 3),
+        "planner_main_s_per_step_1024": round(main_seconds_per_step(), 5),
     }
     print(json.dumps(summary))
 

@@ -6,12 +6,14 @@ import bisect
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from benchmarks.simulated import SimulatedSource, mixed_sources
 from data_pipelines.config import MediaConfig, PlanConfig
+from data_pipelines.pack.plan_process import PlannedStep, PlanProcess
 from data_pipelines.plan.balance import PackCost, imbalance, order_by_cost
 from data_pipelines.plan.mixture import Phase
 from data_pipelines.plan.packer import Item, PoolPacker
@@ -48,11 +50,17 @@ def planner_us_per_sample(num_samples: int, count: int = 40_000) -> float:
     return (time.process_time() - start) / done * 1e6
 
 
-def warm_up(planner: Planner) -> None:
+def new_short_planner(num_samples: int) -> Planner:
+    """A planner of short texts alone, about 340 a pack: the most work that a pack can be."""
+    source = SimulatedSource("short", num_samples, "short")
+    return Planner([source], [Phase(0, (1.0,))], MEDIA, PlanConfig(), seed=0)
+
+
+def warm_up(planner: Planner, samples: int = 40_000) -> None:
     """Make the simulated tables that the next blocks need, so that only the planner's own work is timed."""
     state = planner.state_dict()
     done = 0
-    while done < 40_000:
+    while done < samples:
         done += len(planner.next_pack().items)
     planner.load_state_dict(state)
 
@@ -155,18 +163,40 @@ def imbalances(cost: PackCost, ranks: int = 256, steps: int = 8) -> dict[str, fl
     return found
 
 
-def seconds_per_step(ranks: int = 1024, steps: int = 3) -> float:
-    """CPU seconds to plan one step of one pack a rank."""
-    planner = new_planner(10**8)
-    warm_up(planner)
+def seconds_per_step(ranks: int = 1024, steps: int = 3, short: bool = False) -> float:
+    """CPU seconds to plan one step of one pack a rank, of the mixed lengths or of short texts."""
+    planner = new_short_planner(10**8) if short else new_planner(10**8)
+    warm_up(planner, 400_000 if short else 40_000)
+    planned = planned_steps(planner, ranks)
     times = []
     for _ in range(steps):
         start = time.process_time()
-        for _ in range(ranks):
-            planner.next_pack()
-        planner.state_dict()
+        next(planned)
         times.append(time.process_time() - start)
     return statistics.median(times)
 
 
-__all__ = ["SimulatedSource", "fills", "imbalances", "planner_us_per_sample", "resume", "seconds_per_step"]
+def main_seconds_per_step(ranks: int = 1024, steps: int = 8) -> float:
+    """CPU seconds of the training process for the plan of one step of short texts, which another process makes."""
+    planner = new_short_planner(10**8)
+    warm_up(planner, 400_000)
+
+    def steps_behind(state: dict[str, Any]) -> Iterator[PlannedStep]:
+        planner.load_state_dict(state)
+        return planned_steps(planner, ranks)
+
+    process = PlanProcess(steps_behind, planner.state_dict())
+    times = []
+    for _ in range(steps):
+        start = time.process_time()
+        process.next_step()
+        times.append(time.process_time() - start)
+    process.close()
+    return statistics.median(times)
+
+
+def planned_steps(planner: Planner, ranks: int) -> Iterator[PlannedStep]:
+    """Steps of one pack a rank, as rank 0 gets them."""
+    while True:
+        first, *_ = [planner.next_pack() for _ in range(ranks)]
+        yield PlannedStep((first,), planner.state_dict())

@@ -26,13 +26,11 @@ class SimulatedSource:
         self._tables: dict[int, ShardTable] = {}
 
     def table(self, shard: int) -> ShardTable:
-        """The shard's table; a few are kept, as memory maps of real ones would be by the system."""
-        if shard not in self._tables:
-            if len(self._tables) > 24:
-                self._tables.pop(next(iter(self._tables)))
-            # 40 different shards serve for all: making tables is not the planner's time
-            self._tables[shard] = make_table(self.kind, self.shard_size, self.seed * 40 + shard % 40)
-        return self._tables[shard]
+        """The shard's table; 40 different ones serve for all and are kept: making them is not the planner's time."""
+        number = shard % 40
+        if number not in self._tables:
+            self._tables[number] = make_table(self.kind, self.shard_size, self.seed * 40 + number)
+        return self._tables[number]
 
 
 def mixed_sources(num_samples: int) -> tuple[list[SimulatedSource], list[float]]:
@@ -46,11 +44,11 @@ def mixed_sources(num_samples: int) -> tuple[list[SimulatedSource], list[float]]
 
 
 def make_table(kind: str, size: int, seed: int) -> ShardTable:
-    """`size` samples of one kind: medians of 400 tokens of text, 0.4 megapixels a picture, 20 s a clip."""
+    """`size` samples of one kind: medians of 400 tokens a text (35 if "short"), 0.4 megapixels, 20 s a clip."""
     rng = np.random.default_rng(seed)
-    per_sample = {"text": np.zeros(size, int), "picture": np.ones(size, int), "clip": np.ones(size, int)}.get(
-        kind, rng.integers(2, 6, size)
-    )
+    is_text = kind in ("text", "short")
+    several = rng.integers(2, 6, size)
+    per_sample = several if kind == "pictures" else np.zeros(size, int) if is_text else np.ones(size, int)
     count = int(per_sample.sum())
     megapixels = np.clip(rng.lognormal(np.log(0.4), 0.8, count), 0.02, 12)
     aspect = np.exp(rng.normal(0, 0.35, count))
@@ -74,6 +72,6 @@ def make_table(kind: str, size: int, seed: int) -> ShardTable:
     told = {"names": ["m"], "tasks": [kind], "problems": [], "unlisted": {}}
     meta = {"num_samples": size, "size": 0, "tag": "", "rows": "", "content": "", **told}
     columns = SimpleNamespace(arrays=arrays, meta=meta, text=lambda name, row: str(row))
-    median = 400 if kind == "text" else 80
+    median = {"text": 400, "short": 35}.get(kind, 80)
     text = np.clip(rng.lognormal(np.log(median), 0.8, size), 8, 16384).astype(np.int32)
-    return ShardTable(ShardIndex(columns), text, np.full(size, kind == "text", np.uint8), (), {})
+    return ShardTable(ShardIndex(columns), text, np.full(size, is_text, np.uint8), (), {})
