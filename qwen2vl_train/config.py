@@ -55,8 +55,9 @@ class OptimConfig:
             raise ValueError(f"betas={self.betas} are outside [0, 1)")
         if not 0 < self.vit_layer_decay <= 1:
             raise ValueError(f"vit_layer_decay={self.vit_layer_decay} is outside (0, 1]; 1 switches the decay off")
-        if self.clip_norm < 0:
-            raise ValueError(f"clip_norm={self.clip_norm} is negative; 0 switches clipping off")
+        _finite(clip_norm=self.clip_norm, weight_decay=self.weight_decay, eps=self.eps)
+        if not self.eps:
+            raise ValueError("eps=0 lets AdamW divide by 0 where a gradient was always 0; 1e-6 is the default")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,15 @@ class EngineConfig:
     meeting_s: float = 600.0
 
     def __post_init__(self) -> None:
-        _at_least(1, sequence_parallel=self.sequence_parallel)
+        _at_least(1, sequence_parallel=self.sequence_parallel, reduce_bucket_size=self.reduce_bucket_size)
+        _at_least(
+            0,
+            param_persistence_threshold=self.param_persistence_threshold,
+            prefetch_bucket_size=self.prefetch_bucket_size,
+            max_live_parameters=self.max_live_parameters,
+        )
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"timeout_s={self.timeout_s} must be above 0 and finite: it bounds every collective")
         if not 0 < self.meeting_s < math.inf:
             raise ValueError(
                 f"meeting_s={self.meeting_s} must be above 0 and finite: for so long ranks wait for others"
@@ -180,6 +189,9 @@ class ModelSettings:
     vision_checkpointing: int = 0
     text_checkpointing: int = 0
     compile: Literal["none", "inductor", "aot_eager"] = "none"
+
+    def __post_init__(self) -> None:
+        _at_least(0, vision_checkpointing=self.vision_checkpointing, text_checkpointing=self.text_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -223,11 +235,9 @@ class CheckpointConfig:
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        if self.keep < 1 or self.every < 0 or self.keep_every < 0 or self.min_free_gb < 0:
-            raise ValueError(
-                f"every={self.every}, keep_every={self.keep_every}, min_free_gb={self.min_free_gb} must not be "
-                f"negative and keep={self.keep} must be at least 1"
-            )
+        _at_least(0, every=self.every, keep_every=self.keep_every)
+        _at_least(1, keep=self.keep)
+        _finite(min_free_gb=self.min_free_gb)
 
 
 @dataclass(frozen=True)
@@ -247,6 +257,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, max_rollbacks=self.max_rollbacks)
+        _at_least(1, max_skipped_in_row=self.max_skipped_in_row, max_skipped=self.max_skipped)
         _at_least(2, spike_window=self.spike_window)
         if not 0 <= self.spike_sigma < math.inf:
             raise ValueError(f"spike_sigma={self.spike_sigma} must be finite and not negative; 0 switches it off")
@@ -323,6 +334,10 @@ class RunConfig:
         unknown = [name for name in self.chain if name not in self.stages]
         if unknown or not self.chain:
             raise ValueError(f"chain={list(self.chain)}: choose from the configured stages {list(self.stages)}")
+        if len(set(self.chain)) < len(self.chain):
+            raise ValueError(f"chain={list(self.chain)} names a stage twice; each runs once, from the export before it")
+        if not self.run_dir.strip():
+            raise ValueError("run_dir is empty: name a folder for the run, such as run_dir=runs/first")
         if self.model.compile != "none" and self.engine.sequence_parallel > 1:
             raise ValueError(
                 f"model.compile={self.model.compile} with engine.sequence_parallel={self.engine.sequence_parallel}: "
@@ -347,6 +362,12 @@ class RunConfig:
                 f"guard.spike_sigma={self.guard.spike_sigma} goes back to a checkpoint, and checkpoint.every=0 writes "
                 "none before a stage's end; set checkpoint.every"
             )
+
+
+def _finite(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be finite and not negative")
 
 
 def _at_least(limit: int, **values: int) -> None:

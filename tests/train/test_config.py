@@ -90,6 +90,51 @@ def test_mistakes_name_key_value_and_remedy(overrides, message):
         load_config(words)
 
 
+FINITE = "must be finite and not negative"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.vision.optim.clip_norm=nan", rf"stages\.vision\.optim.*clip_norm=nan {FINITE}"),
+        ("stages.vision.optim.clip_norm=-1", rf"clip_norm=-1\.0 {FINITE}"),
+        ("stages.vision.optim.weight_decay=nan", rf"weight_decay=nan {FINITE}"),
+        ("stages.vision.optim.weight_decay=inf", rf"weight_decay=inf {FINITE}"),
+        ("stages.vision.optim.eps=-1", rf"eps=-1\.0 {FINITE}"),
+        ("stages.vision.optim.eps=0", "eps=0 lets AdamW divide by 0"),
+        ("stages.vision.optim.betas=[nan,0.9]", r"betas=\(nan, 0\.9\) are outside"),
+        ("checkpoint.min_free_gb=nan", rf"min_free_gb=nan {FINITE}"),
+        ("checkpoint.keep=0", "keep=0 must be at least 1"),
+        ("checkpoint.every=-1", "every=-1 must be at least 0"),
+        ("engine.reduce_bucket_size=0", "reduce_bucket_size=0 must be at least 1"),
+        ("engine.prefetch_bucket_size=-1", "prefetch_bucket_size=-1 must be at least 0"),
+        ("engine.max_live_parameters=-1", "max_live_parameters=-1 must be at least 0"),
+        ("engine.param_persistence_threshold=-1", "param_persistence_threshold=-1 must be at least 0"),
+        ("engine.timeout_s=nan", "timeout_s=nan must be above 0 and finite"),
+        ("guard={max_skipped: -1}", "max_skipped=-1 must be at least 1"),
+        ("guard={max_skipped_in_row: 0}", "max_skipped_in_row=0 must be at least 1"),
+        ("model.vision_checkpointing=-1", "vision_checkpointing=-1 must be at least 0"),
+        ("model.text_checkpointing=-1", "text_checkpointing=-1 must be at least 0"),
+        ("chain=[language,language]", r"chain=\['language', 'language'\] names a stage twice"),
+        ("run_dir=", "run_dir is empty: name a folder"),
+        ("run_dir=' '", "run_dir is empty: name a folder"),
+    ],
+)
+def test_values_without_meaning_are_refused_in_one_line(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(["experiment=demo", override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "engine").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_engine_composes_and_is_what_its_name_says(path):
+    engine = load_config(["experiment=demo", f"engine={path.stem}"])[0].engine
+    assert path.stem.startswith(f"zero{engine.zero_stage}")
+    assert engine.offload_optimizer == ("offload" in path.stem)
+    assert engine.offload_parameters == (path.stem == "zero3_offload")
+    assert engine.precision == ("fp32" if path.stem in ("zero0", "zero3_cpu") else "bf16")
+
+
 def test_a_value_set_behind_a_reference_changes_this_stage_and_nothing_else_in_it():
     run, _ = load_config(["experiment=demo", "stages.vision.data.media.max_pixels=50176"])
     assert run.stages["vision"].data.media.max_pixels == 50176
