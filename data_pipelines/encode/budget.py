@@ -81,13 +81,24 @@ def plan_media(
     if total <= limit:
         return tuple(wishes)
     if len(wishes) > limit or text_tokens > max_tokens:
-        raise BudgetError(
-            key,
-            "too_long",
-            f"{text_tokens} text tokens and {len(wishes)} media items do not fit in max_tokens={max_tokens} "
-            f"(max_media_tokens={config.max_media_tokens}); raise them or drop the sample",
-        )
+        raise BudgetError(key, "too_long", _what_fits(text_tokens, len(wishes), total, config, max_tokens))
     return _shrink_to_fit(medias, wishes, limit)
+
+
+def _what_fits(text_tokens: int, num_media: int, media_tokens: int, config: MediaConfig, max_tokens: int) -> str:
+    """Why a sample does not fit, and the smallest limits with which it does."""
+    least, whole = text_tokens + num_media, text_tokens + media_tokens  # a token each, or as they are
+    needs = [f"max_tokens={least}"] if least > max_tokens else []
+    needs += [f"max_media_tokens={num_media}"] if num_media > config.max_media_tokens else []
+    shrunk = ""
+    if least < whole:
+        larger = f" and max_media_tokens={media_tokens}" if media_tokens > config.max_media_tokens else ""
+        shrunk = f" with its media shrunk to a token each (max_tokens={whole}{larger} as they are)"
+    return (
+        f"{text_tokens} text tokens and {num_media} media items do not fit in max_tokens={max_tokens} "
+        f"(max_media_tokens={config.max_media_tokens}): it needs {' and '.join(needs)}{shrunk}; "
+        "raise it, or split the sample"
+    )
 
 
 def count_frames(media: Media, ref: MediaRef, config: MediaConfig) -> int:

@@ -37,21 +37,29 @@ class IndexRow:
 class ShardIndex:
     """The samples of one shard, read from its mapped index. Row numbers count usable samples in tar order.
 
-    Attributes: `num_samples` n; `fingerprint` of which samples stand in which rows, of their records, headers and media
-    facts (a text column belongs to one); `mark`, by which a plan knows the shard again: size and fingerprint;
-    `problems` [(key, reason, message)] of what was left out and why; `unlisted` counts by reason those beyond the list.
+    Attributes: `num_samples` n; `problems` [(key, reason, message)] of what was left out and why; `unlisted` counts by
+    reason those beyond the list.
     """
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
         self.arrays = columns.arrays
         self.num_samples: int = columns.meta["num_samples"]
-        self.fingerprint: str = f"{columns.meta['rows']}-{columns.meta['content']}"
-        self.mark: str = f"{columns.meta['size']}-{self.fingerprint}"
         self.problems: list[tuple[str, str, str]] = [tuple(problem) for problem in columns.meta["problems"]]
         self.unlisted: dict[str, int] = columns.meta["unlisted"]
         self._names: list[str] = columns.meta["names"]
         self._tasks: list[str] = columns.meta["tasks"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples in their rows, their records, headers and media facts: a text column belongs to one."""
+        meta = self.columns.meta
+        return f"{meta['rows']}-{meta['content']}"
+
+    @property
+    def mark(self) -> str:
+        """By which a plan knows the shard again: its size and the fingerprint."""
+        return f"{self.columns.meta['size']}-{self.fingerprint}"
 
     def key(self, row: int) -> str:
         """The sample's key in its shard."""

@@ -6,7 +6,8 @@ packed. Costs about 0.5 µs a sample, and 20 µs for one whose media must shrink
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,11 @@ from data_pipelines.config import MediaConfig, PlanConfig
 from data_pipelines.encode.budget import MAX_ASPECT, TOKEN_PIXELS, TOKEN_SIDE, plan_media
 from data_pipelines.errors import DataError
 from data_pipelines.index.source import ShardTable, SourceIndex
-from data_pipelines.samples import LedgerEvent
+from data_pipelines.samples import LedgerEvent, Media, MediaRef
 
 IntArray = npt.NDArray[np.int64]
 PATCHES_PER_TOKEN = 4
+_PATCH_PIXELS = TOKEN_PIXELS // PATCHES_PER_TOKEN
 _COUNTED_SAMPLES = 1_000_000
 
 
@@ -59,8 +61,10 @@ def sample_lengths(
         pairs[i] = sum(t * (h * w) ** 2 for t, h, w in (item.grid_thw for item in plans))
     tokens = np.where(usable, text + media_tokens, -1)
     patches = np.where(usable, PATCHES_PER_TOKEN * media_tokens, 0)
-    for i in np.flatnonzero(usable & ((tokens > plan.max_tokens) | (patches > plan.max_patches))):
-        events.append(_too_long(source, table.index.key(int(rows[i])), int(tokens[i]), int(patches[i]), plan))
+    for i in np.flatnonzero(patches > plan.max_patches):
+        row = int(rows[i])
+        message = _what_fits(table.index.media(row), int(text[i]), int(patches[i]), media, plan)
+        events.append(LedgerEvent(source, table.index.key(row), "too_many_patches", message, indexed=True))
         tokens[i] = -1
     return Lengths(tokens, patches, pairs), events
 
@@ -143,9 +147,21 @@ def _countdown(count: IntArray) -> IntArray:
     return np.repeat(np.cumsum(count), count) - 1 - np.arange(int(count.sum()))
 
 
-def _too_long(source: str, key: str, tokens: int, patches: int, plan: PlanConfig) -> LedgerEvent:
-    if tokens > plan.max_tokens:
-        message = f"{tokens} tokens do not fit a pack of max_tokens={plan.max_tokens}: raise it or split the sample"
-        return LedgerEvent(source, key, "too_long", message, indexed=True)
-    message = f"{patches} patches do not fit max_patches={plan.max_patches}: raise it or lower media.max_pixels"
-    return LedgerEvent(source, key, "too_many_patches", message, indexed=True)
+def _what_fits(
+    medias: Sequence[tuple[Media, MediaRef]], text: int, patches: int, media: MediaConfig, plan: PlanConfig
+) -> str:
+    """Why the patches of a sample within `max_tokens` do not fit, and the limits with which they do.
+
+    An area of `max_pixels` has at most max_pixels / 196 patches, in each pair of frames of a clip.
+    """
+    message = f"{patches} patches do not fit max_patches={plan.max_patches}: it needs max_patches={patches}"
+    steps = sum(item.grid_thw[0] for item in plan_media(medias, text, media, plan.max_tokens, ""))
+    pixels = max(TOKEN_PIXELS, plan.max_patches * _PATCH_PIXELS // steps)
+    low, video_low = min(media.min_pixels, pixels), min(media.video_min_pixels, pixels)
+    video = min(media.video_max_pixels, pixels)
+    less = replace(media, min_pixels=low, max_pixels=pixels, video_min_pixels=video_low, video_max_pixels=video)
+    shrunk = sum(PATCHES_PER_TOKEN * item.num_tokens for item in plan_media(medias, text, less, plan.max_tokens, ""))
+    if shrunk > plan.max_patches:  # its parts have limits of their own
+        return f"{message}, or smaller media"
+    clips = f" and media.video_max_pixels={video}" if any(item.kind == "video" for item, _ in medias) else ""
+    return f"{message}, or media.max_pixels={pixels}{clips}"

@@ -1,5 +1,6 @@
 """Vectorised lengths against the encoder's own rule, for every kind of media and limit."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,4 +81,44 @@ def test_long_plain_text_is_shortened_and_other_text_refused():
     )
     assert found.tokens.tolist() == [100, -1, -1]
     assert [(event.key, event.reason) for event in events] == [("1", "too_long")]
-    assert "raise" in events[0].message
+    assert "it needs max_tokens=500" in events[0].message
+
+
+def lengths_of(medias, text, media, plan):
+    return sample_lengths("s", table([medias], [text]), np.arange(1), media, plan)
+
+
+def picture(width, height, **limits):
+    return Media("m", "image", width, height), MediaRef("m", kind="image", **limits)
+
+
+@pytest.mark.parametrize("num_media", [0, 1, 3])
+def test_what_a_too_long_sample_needs_is_enough_and_no_less_is(num_media):
+    """280 x 280 pixels are 100 tokens."""
+    medias, media = [picture(280, 280)] * num_media, MediaConfig()
+    _, (event,) = lengths_of(medias, 500, media, PlanConfig(max_tokens=100))
+    needed = int(re.search(r"needs max_tokens=(\d+)", event.message)[1])
+    assert needed == 500 + num_media
+    assert lengths_of(medias, 500, media, PlanConfig(max_tokens=needed))[0].tokens.tolist() == [needed]
+    assert lengths_of(medias, 500, media, PlanConfig(max_tokens=needed - 1))[0].tokens.tolist() == [-1]
+    assert (f"max_tokens={500 + 100 * num_media} as they are" in event.message) == (num_media > 0)
+
+
+def test_too_many_media_for_their_own_limit_name_it():
+    _, (event,) = lengths_of([picture(280, 280)] * 3, 10, MediaConfig(max_media_tokens=2), PlanConfig(max_tokens=100))
+    assert "it needs max_media_tokens=3 with" in event.message
+
+
+def test_what_a_sample_of_too_many_patches_needs_is_enough():
+    """1120 x 1120 pixels are 1600 tokens, 6400 patches."""
+    plan = PlanConfig(max_tokens=2000, max_patches=1000)
+    _, (event,) = lengths_of([picture(1120, 1120)], 10, MediaConfig(), plan)
+    assert "needs max_patches=6400" in event.message
+    pixels = int(re.search(r"or media.max_pixels=(\d+)", event.message)[1])
+    assert pixels == 1000 * 14 * 14
+    found, events = lengths_of([picture(1120, 1120)], 10, MediaConfig(max_pixels=pixels), plan)
+    assert (found.patches <= 1000).all()
+    assert not events
+    # where a part sets its own limit, the stage's would not help
+    _, (event,) = lengths_of([picture(1120, 1120, max_pixels=1 << 24)], 10, MediaConfig(), plan)
+    assert event.message.endswith("it needs max_patches=6400, or smaller media")
