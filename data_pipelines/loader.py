@@ -18,7 +18,8 @@ from typing import Any
 
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import ShardError, UserError
-from data_pipelines.index.build import Counting, Progress, build_missing
+from data_pipelines.index.build import Counting, build_missing
+from data_pipelines.index.progress import Progress
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.pack.plan_process import PlannedStep, PlanProcess
@@ -80,7 +81,7 @@ def _check_error_rate(source: SourceIndex, limit: float) -> None:
             source.name,
             "error_budget",
             f"{lost} of {lost + kept} samples cannot be used, over max_error_rate {limit}: {reasons}. `qwen2vl-data "
-            "index` lists each one; repair or drop them, or raise the source's max_error_rate",
+            "index --list` lists each one; repair or drop them, or raise the source's max_error_rate",
         )
 
 
