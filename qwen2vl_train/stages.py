@@ -39,7 +39,7 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.report import write_report
 from qwen2vl_train.start import refuse_other_model
 from qwen2vl_train.training.checkpoint import write_json
-from qwen2vl_train.training.environment import check_environment
+from qwen2vl_train.training.environment import check_environment, find_lack_of_room
 from qwen2vl_train.training.lock import RunLock
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.restart import job
@@ -73,6 +73,8 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: S
             monitor.console.print(check_environment(run, world))
             tokenizer = TextTokenizer(run.data.tokenizer)
             config = model_config(run, tokenizer)
+            if lack := find_lack_of_room(run, config):
+                monitor.warn(lack)
             trained = [_run_stage(run, name, config, world, monitor, stop, watchdog) for name in run.chain]
             watchdog.note("writing the summary")
             world.from_main(lambda: _summarise(run, folder, monitor.clock.seconds() / 60, any(trained)))

@@ -1,7 +1,8 @@
 """What must be right before the first step, looked at on every rank and shown as one table.
 
 Enters: the run's configuration and world. Leaves: a table (host, device, versions, clock, disk, shards, network), or an
-error that lists what differs or is missing. Costs one gathering, a look at each shard's size, and a timed all-reduce.
+error that lists what differs or is missing; a warning where the disk is too small for what the run will write. Costs
+one gathering, a look at the size of each shard and of the folders to start from, and a timed all-reduce.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.table import Table
 
+from data_pipelines.config import RemoteConfig
 from data_pipelines.shards.names import file_of
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.whole import write_whole
 from qwen2vl_train.config import ConfigError, RunConfig
+from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.model.cost import parameter_counts
 from qwen2vl_train.training.world import World
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "webdataset", "numpy")
@@ -35,7 +40,8 @@ _LATE_S = 5.0
 class RankFacts:
     """What one rank sees. `versions` by package; `shards`: stage -> (shards, their bytes) or a message; sizes in GB.
 
-    `run_dir`: whether it is the folder that rank 0 has.
+    `run_dir`: whether it is the folder that rank 0 has. `later`: key and value of the configuration -> the files there
+    that are first read when training has begun, in words.
     """
 
     rank: int
@@ -47,6 +53,7 @@ class RankFacts:
     memory_gb: float
     shards: dict[str, str]
     run_dir: bool = True
+    later: dict[str, str] = field(default_factory=dict)
 
 
 def check_environment(run: RunConfig, world: World) -> Table:
@@ -85,6 +92,11 @@ def find_faults(everyone: Sequence[RankFacts]) -> list[str]:
             for stage, found in facts.shards.items()
             if found != first.shards[stage]
         ]
+        faults += [
+            f"{who} sees for {key}: {found}; rank 0 ({first.host}): {first.later[key]}. Share the folder"
+            for key, found in facts.later.items()
+            if found != first.later[key]
+        ]
         if abs(facts.clock_s - first.clock_s) > _MAX_SKEW_S:
             faults.append(f"{who}: its clock is {facts.clock_s - first.clock_s:+.0f} s off rank 0's; set it")
         if not facts.run_dir:
@@ -95,9 +107,34 @@ def find_faults(everyone: Sequence[RankFacts]) -> list[str]:
     return faults
 
 
-def _look(run: RunConfig, world: World, mark: Path) -> RankFacts:
+def find_lack_of_room(run: RunConfig, config: ModelConfig) -> str | None:
+    """Why the disk of `run_dir` is too small for one checkpoint and one export, where it is; `config` is the model's.
+
+    Before the first step, since the first checkpoint may be due in hours.
+    """
+    counts, width = parameter_counts(config), 2 if run.engine.precision == "bf16" else 4
+    kept = max(  # the weights, and of what trains float32 master weights and two moments
+        sum(count * (width + 12 * (part in run.stages[name].trainable)) for part, count in counts.items())
+        for name in run.chain
+    )
+    export = sum(counts.values()) * (2 if run.export_dtype == "bfloat16" else 4)
+    free = shutil.disk_usage(_existing(run)).free
+    if free >= kept + export + run.checkpoint.min_free_gb * 1e9:
+        return None
+    return (
+        f"run_dir={run.run_dir} has {free / 1e9:.1f} GB free: too little for a checkpoint (about {kept / 1e9:.1f} GB), "
+        f"an export ({export / 1e9:.1f} GB) and checkpoint.min_free_gb={run.checkpoint.min_free_gb:g}, so checkpoints "
+        "will be left out; make room, or choose a run_dir on another disk"
+    )
+
+
+def _existing(run: RunConfig) -> Path:
+    """`run_dir`, or what is there of the way to it."""
     wanted = Path(run.run_dir).resolve()
-    existing = next(path for path in (wanted, *wanted.parents) if path.exists())
+    return next(path for path in (wanted, *wanted.parents) if path.exists())
+
+
+def _look(run: RunConfig, world: World, mark: Path) -> RankFacts:
     cuda = world.device.type == "cuda"
     memory = torch.cuda.get_device_properties(world.device).total_memory if cuda else _host_memory()
     return RankFacts(
@@ -106,10 +143,11 @@ def _look(run: RunConfig, world: World, mark: Path) -> RankFacts:
         device=torch.cuda.get_device_name(world.device) if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         clock_s=time.time(),
-        free_gb=shutil.disk_usage(existing).free / 1e9,
+        free_gb=shutil.disk_usage(_existing(run)).free / 1e9,
         memory_gb=memory / 1e9,
         shards={stage: _shards(run, stage) for stage in run.chain},
         run_dir=_appears(mark),
+        later=_later(run),
     )
 
 
@@ -125,14 +163,39 @@ def _appears(path: Path) -> bool:
 
 def _shards(run: RunConfig, stage: str) -> str:
     """How many shards, and of how many bytes, this rank sees for `stage`; remote shards are counted only."""
+    data = run.stages[stage].data
+    return _weigh({name: source.shards for name, source in data.sources.items()}, data.remote)
+
+
+def _later(run: RunConfig) -> dict[str, str]:
+    """Tokenizer, initial weights and held-out shards, as this rank sees them."""
+    found = {f"data.tokenizer={run.data.tokenizer}": _weigh_files(Path(run.data.tokenizer), "tokenizer.json")}
+    for name in run.chain:
+        init = run.stages[name].init_from
+        if init not in ("previous", "scratch"):
+            found[f"stages.{name}.init_from={init}"] = _weigh_files(Path(init), "config.json", "*.safetensors")
+    scored = [run.stages[name].data for name in run.chain if run.stages[name].evaluate]
+    for task, shards in run.data.heldout.items():
+        if scored:
+            found[f"data.heldout.{task}={shards}"] = _weigh({task: (shards,)}, scored[0].remote)
+    return found
+
+
+def _weigh(sources: Mapping[str, Sequence[str]], remote: RemoteConfig) -> str:
     try:
-        data = run.stages[stage].data
-        paths = [path for name, item in data.sources.items() for path in expand_shards(name, item.shards, data.remote)]
-        local = [Path(file_of(path)) for path in paths if "://" not in path]
-        size = sum(path.stat().st_size for path in local)
+        paths = [path for name, shards in sources.items() for path in expand_shards(name, tuple(shards), remote)]
+        size = sum(Path(file_of(path)).stat().st_size for path in paths if "://" not in path)
     except (ValueError, OSError) as error:
         return str(error)
     return f"{len(paths)} shards, {size:,} bytes"
+
+
+def _weigh_files(folder: Path, *forms: str) -> str:
+    try:
+        sizes = [path.stat().st_size for form in forms for path in folder.glob(form)]
+    except OSError as error:
+        return str(error)
+    return f"{len(sizes)} files, {sum(sizes):,} bytes"
 
 
 def _time_all_reduce(world: World) -> str:
@@ -144,7 +207,7 @@ def _time_all_reduce(world: World) -> str:
         world.sum(tensor)
         float(tensor[0])  # CUDA: wait for it
         seconds.append(time.perf_counter() - start)
-    return f"all-reduce {seconds[1] * 1e3:.2f} ms, of 8 MiB {seconds[2] * 1e3:.1f} ms"
+    return f"over {dist.get_backend()}: all-reduce {seconds[1] * 1e3:.2f} ms, of 8 MiB {seconds[2] * 1e3:.1f} ms"
 
 
 def _table(everyone: Sequence[RankFacts], network: str) -> Table:
@@ -152,7 +215,7 @@ def _table(everyone: Sequence[RankFacts], network: str) -> Table:
     first = everyone[0]
     versions = ", ".join(f"{name} {found}" for name, found in first.versions.items())
     shards = "; ".join(f"{stage}: {found}" for stage, found in first.shards.items())
-    table = Table(title=f"{len(everyone)} rank(s), {network}", caption=f"{versions}\n{shards}", title_justify="left")
+    table = Table(title=f"{len(everyone)} rank(s) {network}", caption=f"{versions}\n{shards}", title_justify="left")
     for heading in ("host", "ranks", "device", "memory", "free disk", "clock"):
         table.add_column(heading)
     for host in dict.fromkeys(facts.host for facts in everyone):
