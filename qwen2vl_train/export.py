@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_pipelines.config import MediaConfig
+from data_pipelines.errors import UserError
 from data_pipelines.samples import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from data_pipelines.sources.bpe import write_published_settings
 from data_pipelines.tokenizer import TextTokenizer
 from data_pipelines.whole import flush_to_disk
 from qwen2vl_train.model.config import ModelConfig
+from qwen2vl_train.model.cost import parameter_counts
 from qwen2vl_train.model.vision import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_train.model.weights import save_hf
 from qwen2vl_train.training.checkpoint import write_json
@@ -32,6 +35,10 @@ from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.world import World
 
 CHECKSUMS = "checksums.json"
+
+
+class ExportError(UserError):
+    """An export that could not be written. The message says where, why and what to do."""
 
 
 def export_model(
@@ -46,28 +53,56 @@ def export_model(
     """Write the model to `folder`, replacing an older export. Collective: every rank walks `tensors`, rank 0 writes.
 
     `dtype` is the weights' on disk (published: bfloat16); `media` gives the pixel limits of preprocessor_config.json.
+
+    Raises:
+        ExportError: no room, or a fault of the disk, on rank 0; an older export stays.
     """
     if not world.is_main:
         for _ in tensors:  # each step gathers one tensor over all ranks
             continue
     else:
-        aside, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("writing", "replaced"))
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-        aside.mkdir(parents=True)
-        pad = Tokenizer.from_file(_tokenizer_file(tokenizer)).token_to_id("<|vision_pad|>")
-        save_hf(tensors, aside, replace(config, vision_token_id=pad), dtype)
-        save_processing(aside, tokenizer, media)
-        weights = sorted(aside.glob("*.safetensors"))
-        write_json(aside / CHECKSUMS, {path.name: (path.stat().st_size, checksum(path)) for path in weights})
-        for path in (*aside.iterdir(), aside):
-            flush_to_disk(path)
-        if folder.exists():
-            folder.rename(replaced)
-        aside.rename(folder)
-        flush_to_disk(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder.with_name(f".writing-{folder.name}"), ignore_errors=True)
+            _check_room(folder.parent, sum(parameter_counts(config).values()) * dtype.itemsize)
+            _write(tensors, config, tokenizer, media, folder, dtype)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(
+                f"could not write the export {folder}: {error}. The stage's last checkpoint is written: make room (or "
+                "repair the disk) and start the same command again"
+            ) from error
     world.barrier()  # the folder is there for every rank
+
+
+def _check_room(parent: Path, needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(f"its disk has {free / 1e9:.2f} GB free, the weights take {needed / 1e9:.2f}")
+
+
+def _write(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    media: MediaConfig,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    aside, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("writing", "replaced"))
+    shutil.rmtree(replaced, ignore_errors=True)
+    aside.mkdir()
+    pad = Tokenizer.from_file(_tokenizer_file(tokenizer)).token_to_id("<|vision_pad|>")
+    save_hf(tensors, aside, replace(config, vision_token_id=pad), dtype)
+    save_processing(aside, tokenizer, media)
+    weights = sorted(aside.glob("*.safetensors"))
+    write_json(aside / CHECKSUMS, {path.name: (path.stat().st_size, checksum(path)) for path in weights})
+    for path in (*aside.iterdir(), aside):
+        flush_to_disk(path)
+    if folder.exists():
+        folder.rename(replaced)
+    aside.rename(folder)
+    flush_to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def fingerprint(folder: Path) -> str:

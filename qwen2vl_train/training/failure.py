@@ -8,6 +8,7 @@ may see the end of a rank that only suffered first, and another node's torchrun 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -29,6 +30,7 @@ _CONSEQUENCE = re.compile(
     r"EnforceNotMet|recvValue failed|peer",
     re.IGNORECASE,
 )
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 FAILURE_PREFIX, FAILURE_KEY = "failure", "first"
 _WAIT_S = 5.0
 _LINGER_S = 15.0  # the others look every 5 s at most (watchdog), and then have 5 s for an exception of their own
@@ -39,8 +41,10 @@ def exit_after(error: Exception, world: World, code: int | None = None) -> NoRet
 
     Without leaving the process group: other ranks may wait in a collective that will never come.
     """
-    mendable = isinstance(error, UserError)
-    own = describe_failure(world.rank, str(error) if mendable else f"{type(error).__name__}: {error}")
+    mendable, message = isinstance(error, UserError), str(error)
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:  # wherever it was met
+        mendable, message = True, f"{error}; make room (or repair the disk) and start the same command again"
+    own = describe_failure(world.rank, message if mendable else f"{type(error).__name__}: {error}")
     trace = "" if mendable and not os.environ.get("QWEN2VL_DEBUG") else "".join(traceback.format_exception(error))
     # before the others can learn of it and end: torchrun looks for it as soon as one has
     leave_for_torchrun(f"{trace}{name_failure(own)}", own["time_s"])

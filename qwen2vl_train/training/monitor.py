@@ -5,9 +5,12 @@ Only rank 0 has a live monitor; the others hold a silent one, so the trainer cal
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ class Monitor:
         self._progress: Progress | None = None
         self._task: Any = None
         self._active = active
+        self._told_of_disk = False
         self.clock = RunClock(run_dir)
         self._tracker = Tracker(run_dir, config, settings, self.warn) if active else None
 
@@ -39,30 +43,46 @@ class Monitor:
         self.console.print(f"[yellow]{escape(text)}[/yellow]", highlight=False, soft_wrap=True)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record figures after `step` finished updates of the stage; one that is not finite becomes null."""
+        """Record figures after `step` finished updates of the stage; one that is not finite becomes null.
+
+        Where the disk has no room for them, that is said once, and training goes on.
+        """
         if self._tracker is None:
             return
         plain = {name: _finite(value) for name, value in metrics.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **plain}) + "\n")
-        self.clock.save()
+        self._keep(lambda: _append(self._path, json.dumps({"stage": stage, "step": step, **plain}) + "\n"))
+        self._keep(self.clock.save)
         self._tracker.log(stage, step, plain)
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        """Figures are for watching: what they cannot be written to must not cost the run."""
+        try:
+            write()
+        except OSError as error:
+            if not self._told_of_disk:
+                self.warn(f"figures cannot be written, training goes on ({error}); make room or repair the disk")
+            self._told_of_disk = True
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop logged lines of `stage` later than `step`: the resumed run will write them again.
 
-        A last line that a killed run left half goes, too.
+        A line that a killed run left half goes, too.
         """
         if not self._active or not self._path.exists():
             return
-        lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if (read := json.loads(line))["stage"] != stage or read["step"] <= step]
-        write_whole(self._path, "".join(f"{line}\n" for line in kept))
+        kept = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, LookupError, TypeError):  # half a line
+                read = json.loads(line)
+                if read["stage"] != stage or read["step"] <= step:
+                    kept.append(f"{line}\n")
+        self._keep(lambda: write_whole(self._path, "".join(kept)))
 
     def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:
         """Keep what is known of a stage before its first step: `<stage>/<name>.json` in the run's folder, and wandb."""
         if self._tracker is not None:
-            write_whole(self._path.parent / stage / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+            text = json.dumps(facts, indent=1) + "\n"
+            self._keep(lambda: write_whole(self._path.parent / stage / f"{name}.json", text))
             self._tracker.describe(stage, name, facts)
 
     def show(self, stage: str, samples: Sequence[Shown]) -> None:
@@ -96,6 +116,18 @@ class Monitor:
         self.stop_progress()
         if self._tracker is not None:
             self._tracker.close(failed)
+
+
+def _append(path: Path, line: str) -> None:
+    """Add `line` to the file, whole or not at all."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(line.encode()) < len(line.encode()):  # the disk took a part of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _finite(value: Any) -> Any:

@@ -2,12 +2,14 @@
 
 Usage: ending_worker FOLDER OPTIONS.json    {"fails": rank} raises there, and the other ranks wait without an end, as in
 a collective of NCCL; with "collective": true they wait in one of gloo. {"stall_s": s} of the watchdog.
-"error": "defect" | "mistake": a program's bug or what the user can mend, for the plain RuntimeError.
+"error": "defect" | "mistake" | "disk": a program's bug, what the user can mend, a full disk, for a plain RuntimeError.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,8 @@ def fail(kind: str) -> None:
         list(zip([1], [], strict=True))
     if kind == "mistake":
         raise MissingFileError("shards/a.tar: no such file")
+    if kind == "disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/spikes.jsonl")
     raise RuntimeError("the weights are of another model")
 
 

@@ -56,6 +56,7 @@ def test_a_rank_that_fails_outside_the_loop_ends_those_that_wait_for_it(tmp_path
     [
         ("defect", 1, "in fail\n    list(zip([1], [], strict=True))\n"),
         ("mistake", 2, "error (rank 0): shards/a.tar: no such file"),
+        ("disk", 2, "error (rank 0): [Errno 28] No space left on device: 'run/spikes.jsonl'; make room"),
     ],
 )
 def test_a_defect_shows_its_traceback_and_a_mistake_one_line(tmp_path, error, code, said):

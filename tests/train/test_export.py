@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from data_pipelines.config import MediaConfig
+from data_pipelines.errors import UserError
 from data_pipelines.sources.bpe import CHAT_TEMPLATE, train_bpe
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train import export
@@ -120,16 +123,43 @@ def test_an_export_is_on_disk_before_it_takes_the_place_of_an_older_one_which_st
     def killed(path, target):
         if path.name == ".writing-export":
             assert {entry.name for entry in path.iterdir()} | {path.name} <= flushed
-            raise InterruptedError
+            raise KeyboardInterrupt
         return rename(path, target)
 
     with torch.no_grad():
         model.get_parameter("model.norm.weight").add_(1)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(KeyboardInterrupt):
             write()
     assert read(tmp_path / ".replaced-export" / "checksums.json") == first
     write()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert read(folder / "checksums.json") != first
+
+
+def write_tiny(tokenizer, folder):
+    model, world = tiny_model(), Alone(0, 1, 0, torch.device("cpu"))
+    export_model(model_tensors(model), model.config, tokenizer, MediaConfig(), folder, torch.float32, world)
+
+
+def test_an_export_that_has_no_room_is_refused_before_a_weight_is_gathered_and_the_older_one_stays(
+    tokenizer, tmp_path, monkeypatch
+):
+    folder = tmp_path / "export"
+    write_tiny(tokenizer, folder)
+    first = read(folder / "checksums.json")
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(export, "save_hf", None)
+    with pytest.raises(UserError, match=r"could not write the export .*0\.00 GB free.*make room"):
+        write_tiny(tokenizer, folder)
+    assert read(folder / "checksums.json") == first
+
+
+def test_a_disk_that_fills_up_during_the_export_is_one_message_with_path_and_remedy(tokenizer, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_hf", full)
+    with pytest.raises(UserError, match=r"export: Error while serializing: I/O error: No space left.*same command"):
+        write_tiny(tokenizer, tmp_path / "export")

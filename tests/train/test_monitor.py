@@ -1,8 +1,10 @@
 """Figures: one JSON line each, forgotten after a resume, and wandb that can be away, fail or hang without harm."""
 
+import io
 import json
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -163,3 +165,34 @@ def test_a_server_that_takes_the_call_and_never_answers_makes_the_run_offline(tm
     assert len(notes) == 1
     assert "wandb is offline: CommError" in notes[0]
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_figures_without_room_are_told_of_once_and_leave_no_half_line(tmp_path, monkeypatch):
+    """A disk that takes a part of a line and then no more."""
+    monitor = Monitor(tmp_path, MonitorConfig("disabled"), {}, active=True)
+    notes = []
+    monkeypatch.setattr(monitor, "warn", notes.append)
+    monitor.log("vision", 1, {"loss": 1.0})
+
+    class Full(io.FileIO):
+        def write(self, content):
+            return super().write(content[:10])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode="r", **how: Full(path, mode.replace("b", "")))
+        monitor.log("vision", 2, {"loss": 2.0})
+        monitor.log("vision", 3, {"loss": 3.0})
+    monitor.log("vision", 4, {"loss": 4.0})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4]
+    (note,) = notes
+    assert "figures cannot be written, training goes on ([Errno 28] No space left on device" in note
+    assert str(tmp_path / "metrics.jsonl") in note
+
+
+def test_two_lines_that_ran_into_each_other_are_dropped_when_a_stage_resumes(tmp_path, monitor):
+    """As earlier releases left them after a full disk."""
+    monitor.log("vision", 1, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "vis{"stage": "vision", "step": 2}\n')
+    monitor.forget_after("vision", 2)
+    assert [line["step"] for line in lines(tmp_path)] == [1]
