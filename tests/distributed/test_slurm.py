@@ -76,3 +76,17 @@ def test_a_preempted_job_goes_back_to_the_queue(cluster):
     job.send_signal(signal.SIGTERM)
     assert job.wait(30) == 75
     assert "scontrol requeue 7" in record(cluster)
+
+
+def test_tasks_that_end_as_the_script_is_signalled_are_requeued_all_the_same(cluster, tmp_path):
+    """Twenty times, since which of the two bash sees first is a matter of microseconds."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nkill -TERM $PPID\nexit 75\n')
+    assert [submit(cluster).wait(30) for _ in range(20)] == [75] * 20
+    assert record(cluster) == ["scontrol requeue 7"] * 20
+
+
+@pytest.mark.parametrize("code", [74, 76, 127, 143])
+def test_no_other_end_is_requeued(cluster, tmp_path, code):
+    (tmp_path / "srun").write_text(f"#!/bin/bash\nkill -TERM $PPID\nexit {code}\n")
+    assert submit(cluster).wait(30) == code
+    assert not os.path.exists(cluster["RECORD"])
