@@ -2,7 +2,7 @@
 
 Enters: this rank's share of each source's shards, and the seed. Leaves: packs with their samples' bytes. Costs a pass
 over the shards, and per sample its record, its media's headers and its text's tokens: about 1 ms. Memory: the samples
-in the packer's pool.
+in the packer's pool, and the facts of a shard under way: a whole local tar that has none gets its index from them.
 
     shards of this rank → samples, several shards mixed → mixture → lengths → packer → packs
 
@@ -24,6 +24,7 @@ from data_pipelines.decode.video import ClipDecoder
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import BudgetError, DataError, ShardError, UserError
 from data_pipelines.index.read import probe_media, read_member, read_record, with_media
+from data_pipelines.index.streamed import StreamedFacts
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.plan.mixture import Mixture, mixture_phases
 from data_pipelines.plan.order import hash_key, permutation
@@ -73,6 +74,7 @@ class _OpenShard:
     shard: int
     samples: Iterator[RawSample]
     problems: list[ShardError]
+    facts: StreamedFacts
     rows: int = 0
     waiting: int = 0
     ended: bool = False
@@ -127,6 +129,7 @@ class SourceStream:
                 return opened, raw
             self._open.popleft()
             opened.ended = True
+            opened.facts.keep()
             self._close_if_done(opened)
             self._ended_since_usable += 1
             if self._ended_since_usable > 2 * len(self.shards):
@@ -164,7 +167,7 @@ class SourceStream:
                 return
             problems: list[ShardError] = []
             samples = stream_samples(self.shards[shard], self._config.remote, problems)
-            opened = _OpenShard(epoch, shard, samples, problems)
+            opened = _OpenShard(epoch, shard, samples, problems, StreamedFacts(self.shards[shard]))
             self._open.append(opened)
             self._under_way[epoch, shard] = opened
             self._next_place = next(self._places)
@@ -261,6 +264,7 @@ class StreamPlanner:
         record = read_record(raw.key, file.members, file)
         facts = probe_media(record, file.members, file, self._clips)
         record = with_media(record, facts)
+        opened.facts.add(record)
         counts = self._encoder.count(record)
         plan = self._config.plan
         if counts.num_tokens > plan.max_tokens or counts.num_patches > plan.max_patches:

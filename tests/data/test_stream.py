@@ -15,7 +15,10 @@ import webdataset
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
+from data_pipelines.index.build import load_index
+from data_pipelines.index.streamed import StreamedFacts
 from data_pipelines.plan.progress import Progress, Tally
+from data_pipelines.samples import Record
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, LocalFile
 from data_pipelines.shards.stream import stream_samples
 from data_pipelines.shards.tar import scan_tar
@@ -411,3 +414,51 @@ def test_a_stream_from_urls_is_the_one_from_the_disk(tiny, tmp_path, monkeypatch
             found = batches(StreamLoader(made, tiny.tokenizer, PACKS, 0, 1, seed=0), 4)
             assert [batch.keys for batch in found] == [batch.keys for batch in expected]
     assert not list(tmp_path.rglob("blocks/*/*"))  # read once: nothing is kept
+
+
+def side_files(folder):
+    return {path.name: path.read_bytes() for path in (folder / ".index").glob("*.index")}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whole_tars_have_their_index_once_they_were_streamed(tiny, tmp_path, workers):
+    for path in tiny.folder.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    made = config(tiny, tmp_path, workers=workers)
+    batches(StreamLoader(made, tiny.tokenizer, PACKS, 0, 1, seed=0), 12)
+    streamed = side_files(tmp_path)
+    for path in sorted(tmp_path.glob("*.tar")):
+        load_index(str(path), rebuild=True)
+    assert streamed == side_files(tmp_path)
+    assert len(streamed) == 5
+
+
+def test_tars_that_lost_something_and_compressed_ones_get_no_index_by_streaming(tiny, many, tmp_path):
+    first, second, third, fourth, *_ = sorted(tmp_path.glob("many-*.tar"))
+    first.write_bytes(spoilt(first.read_bytes(), 2048))
+    second.write_bytes(first.read_bytes()[:2048])  # whole samples, no end marker
+    third.write_bytes(tar_bytes(("bad.json", b'{"messages": []}'), ("m99.json", b'{"text": "a dog"}')))
+    fourth.write_bytes(gzip.compress(fourth.read_bytes()))
+    batches(StreamLoader(many, tiny.tokenizer, 4, 0, 1, seed=0), 12)
+    assert set(side_files(tmp_path)) == {f"many-0000{number}.tar.index" for number in range(4, 8)}
+
+
+def test_an_index_that_is_there_is_left_alone(tiny, many, tmp_path):
+    path = tmp_path / "many-00000.tar"
+    load_index(str(path))
+    (before,) = (tmp_path / ".index").glob("*.index")
+    time_ns = before.stat().st_mtime_ns
+    batches(StreamLoader(many, tiny.tokenizer, 4, 0, 1, seed=0), 12)
+    assert before.stat().st_mtime_ns == time_ns
+    assert len(side_files(tmp_path)) == 8
+
+
+def test_a_shard_that_changed_while_it_was_streamed_gets_no_index(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_bytes(("a.json", b'{"text": "a dog"}')))
+    facts = StreamedFacts(str(path))
+    facts.add(Record("a", "text", (), {}))
+    path.write_bytes(tar_bytes(("a.json", b'{"text": "a cat"}')))
+    os.utime(path, ns=(1, 1))
+    facts.keep()
+    assert not side_files(tmp_path)
