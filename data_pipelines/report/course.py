@@ -2,13 +2,14 @@
 
 Enters: the folder of a stage. Leaves: `Course`: from which state to plan a pack, which step had it, and refusals where
 the folder no longer tells. Three things bend a course: an accepted change of data (`data_changes.jsonl`, with the
-loader's state under the new settings), a return after a loss spike (`spikes.jsonl`), and nothing at all beyond the end.
+loader's state under the new settings), a return after a loss spike (`spikes.jsonl`), and steps of another size.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,23 @@ BEGINNING = Change(0, 0, (), {})
 
 @dataclass(frozen=True)
 class Course:
-    """A stage's accepted changes and spikes, oldest first, and how many packs it has at least (0: not known)."""
+    """A stage's accepted changes and spikes, oldest first, and how many packs it has at least (0: not known).
+
+    `saved`: the step of the newest checkpoint and the number of the pack after it.
+    """
 
     stage: str = ""
     changes: Sequence[Change] = ()
     spikes: Sequence[Mapping[str, Any]] = ()
     packs: int = 0
+    saved: tuple[int, int] | None = None
 
     def first_pack(self, step: int, packs_per_step: int) -> int:
         """The number of the first pack of `step` (from 1).
 
         Raises:
-            UserError: the run went back after a spike: the step had other packs than its number says.
+            UserError: the run went back after a spike, or its steps had another size: the step had other packs than
+                its number says.
         """
         base = next((change for change in reversed(self.changes) if change.step < step), BEGINNING)
         for spike in self._spikes_since(base.pack):
@@ -55,16 +61,22 @@ class Course:
                     f"--step {step}: the run went back from step {spike['step']} to {spike['returned_to']} and on with "
                     "other packs; ask for --pack K (spikes.jsonl and the ledger name packs by number)"
                 )
+        if self._other_sizes(base, packs_per_step):
+            raise UserError(
+                f"--step {step}: not all steps of the run had packs_per_step={packs_per_step} packs (pack "
+                f"{self.saved and self.saved[1]} follows step {self.saved and self.saved[0]}); ask for --pack K"
+            )
         first = base.pack + (step - 1 - base.step) * packs_per_step
         later = min((change.pack for change in self.changes if change.step >= step), default=first + 1)
         return min(first, later - 1)  # steps before a change may have had another number of packs
 
     def step_of(self, pack: int, packs_per_step: int) -> tuple[int, int] | None:
-        """The step that had pack number `pack`, and that step's first pack; None where spikes moved the steps."""
+        """The step that had pack number `pack`, and that step's first pack; None where the number no longer tells."""
         base = next((change for change in reversed(self.changes) if change.pack <= pack), BEGINNING)
         before = (pack - base.pack) // packs_per_step
         step = base.step + before + 1
-        if any(step > spike["returned_to"] for spike in self._spikes_since(base.pack)):
+        moved = any(step > spike["returned_to"] for spike in self._spikes_since(base.pack))
+        if moved or self._other_sizes(base, packs_per_step):
             return None
         return step, base.pack + before * packs_per_step
 
@@ -99,6 +111,13 @@ class Course:
                 "give the number as the ledger, spikes.jsonl or an error names it"
             )
 
+    def _other_sizes(self, base: Change, packs_per_step: int) -> bool:
+        """Whether steps since `base` had another number of packs: `resume=PATH` may change it."""
+        if self.saved is None or self.saved[0] <= base.step or any(self._spikes_since(base.pack)):
+            return False
+        step, pack = self.saved
+        return pack != base.pack + (step - base.step) * packs_per_step
+
     def _spikes_since(self, pack: int) -> Iterator[Mapping[str, Any]]:
         """Spikes after which the run went back, behind `pack`."""
         for spike in self.spikes:
@@ -120,7 +139,16 @@ def read_course(config: Path, stage: str | None, packs_per_step: int) -> Course:
     folder = path.parent / name
     changes = [Change(**line) for line in _lines(folder / CHANGES_NAME)]
     steps = int(settings["stages"][name].get("steps") or 0) or _steps_done(folder)
-    return Course(name, changes, list(_lines(folder / "spikes.jsonl")), steps * packs_per_step)
+    return Course(name, changes, list(_lines(folder / "spikes.jsonl")), steps * packs_per_step, _saved(folder))
+
+
+def _saved(folder: Path) -> tuple[int, int] | None:
+    """The step and the next pack of the stage's newest checkpoint; None where there is none, or not of a plan."""
+    for path in sorted(folder.glob("checkpoints/step-????????/state.json"), reverse=True)[:1]:
+        with suppress(ValueError, KeyError):  # damaged, or of a stream
+            state = json.loads(path.read_text(encoding="utf-8"))
+            return state["progress"]["step"], state["loader"]["plan"]["number"]
+    return None
 
 
 def _steps_done(folder: Path) -> int:

@@ -226,10 +226,12 @@ def load_plan(planner: Planner, settings: DataRun, first: int, state: Mapping[st
     loader = PackLoader(
         settings.data, tokenizer, settings.packs_per_step, 0, settings.world, settings.seed, cost=settings.cost
     )
-    try:
-        loader.load_state_dict(dict(state))  # refuses a state of other settings, naming them
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+    ours, theirs = loader.state_dict()["identity"], state["identity"]
+    changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if changed:
+        listed = "; ".join(f"{key}: was {theirs.get(key)}, is {ours.get(key)}" for key in changed)
+        raise UserError(f"{name}: of other settings ({listed}); give those of then, with qwen2vl show OVERRIDES")
+    loader.load_state_dict(dict(state))
     planner.load_state_dict(loader.state_dict()["plan"])
 
 

@@ -171,6 +171,20 @@ def test_steps_behind_a_return_after_a_spike_are_refused_until_the_data_changed(
     assert course.step_of(50, 4) == (9, 48)
 
 
+def test_steps_of_a_run_whose_steps_had_another_size_are_refused(tmp_path):
+    folder_of(tmp_path)
+    path = tmp_path / "vision" / "checkpoints" / "step-00000005" / "state.json"
+    path.parent.mkdir(parents=True)
+    for number in (20, 16):  # three steps of 4 and two of 2 packs
+        path.write_text(json.dumps({"progress": {"step": 5}, "loader": {"plan": {"number": number}}}))
+        course = read_course(tmp_path, "vision", 4)
+        if number == 20:
+            assert (course.first_pack(5, 4), course.step_of(17, 4)) == (16, (5, 16))
+    with pytest.raises(ValueError, match=r"--step 4: not all steps .*=4 packs \(pack 16 follows step 5\); ask"):
+        course.first_pack(4, 4)
+    assert course.step_of(17, 4) is None
+
+
 def test_packs_from_before_a_change_of_data_are_refused_with_what_rebuilds_them():
     changes = [Change(10, 40, ("shares changed",), {}), Change(20, 80, ("source a is new", "anew"), {})]
     course = Course("vision", changes)
