@@ -14,10 +14,11 @@ from typing import Any
 
 from qwen2vl_train.config import ConfigError, RunConfig
 from qwen2vl_train.export import fingerprint
-from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.kept import read_json, write_json
 from qwen2vl_train.training.restart import job
 
 _DECIDE_TENSORS = ("trainable", "optim.name", "optim.vit_layer_decay")  # the optimizer's groups and state
+_RESTORE = "restore it from a copy, or remove it if this command's settings are those that the stage was begun with"
 _WEIGHTS = "initial_weights"  # beside the settings: which weights the stage was begun with
 
 
@@ -44,7 +45,7 @@ def _owner(run: RunConfig, restarted: bool) -> str:
     """The stage that wrote the checkpoint `run.resume`; a restart may find it replaced by later ones of its folder."""
     path = Path(run.resume)
     if (path / "state.json").is_file():
-        owner: str = json.loads((path / "state.json").read_text())["stage"]
+        owner: str = read_json(path / "state.json", "name another checkpoint")["stage"]
         return owner
     stage = path.resolve().parent.parent
     if restarted and stage.parent == Path(run.run_dir).resolve() and _begun_by_this_job(stage):
@@ -148,7 +149,7 @@ def is_stale(run: RunConfig, name: str) -> bool:
     path = settings_file(run, name)
     if not path.is_file() or not _has_begun(path.parent):
         return False
-    held, now = json.loads(path.read_text()).get(_WEIGHTS), _weights_now(run, name)
+    held, now = read_json(path, _RESTORE).get(_WEIGHTS), _weights_now(run, name)
     return held is not None and now is not None and held != now
 
 
@@ -159,7 +160,7 @@ def keep_settings(run: RunConfig, name: str, resume: str = "auto") -> None:
     if (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
         return
     goes_on = resume != "none" and path.is_file() and _has_begun(path.parent)
-    weights = json.loads(path.read_text()).get(_WEIGHTS) if goes_on else _weights_now(run, name)
+    weights = read_json(path, _RESTORE).get(_WEIGHTS) if goes_on else _weights_now(run, name)
     write_json(path, _deciding_settings(run, name) | {_WEIGHTS: weights})
 
 
@@ -177,8 +178,7 @@ def settings_file(run: RunConfig, name: str) -> Path:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    kept: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return kept
+    return read_json(path, _RESTORE) if path.is_file() else None
 
 
 def _settings_of_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.cost import parameter_counts
 from qwen2vl_train.model.vision import IMAGE_MEAN, IMAGE_STD
 from qwen2vl_train.model.weights import save_hf
-from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.kept import write_json
 from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.world import World
 

@@ -6,7 +6,6 @@ The same command continues an interrupted chain: finished stages are skipped, th
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import shutil
@@ -38,8 +37,8 @@ from qwen2vl_train.evaluation.runner import Report, evaluate
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.report import write_report
 from qwen2vl_train.start import refuse_other_model
-from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.environment import check_environment, find_lack_of_room
+from qwen2vl_train.training.kept import read_json, write_json
 from qwen2vl_train.training.lock import RunLock
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.restart import job
@@ -309,10 +308,11 @@ def _summarise(run: RunConfig, folder: Path, minutes: float, trained: bool) -> N
     """
     path = folder / "summary.json"
     finished = {name: folder / name / "result.json" for name in run.stages}
-    stages = {name: json.loads(file.read_text()) for name, file in finished.items() if file.is_file()}
+    again = "remove it, and the same command does the end of the stage again from its last checkpoint"
+    stages = {name: read_json(file, again) for name, file in finished.items() if file.is_file()}
     last = [name for name in run.chain if name in stages][-1]
     if path.is_file() and not trained:
-        minutes = json.loads(path.read_text())["minutes"]
+        minutes = read_json(path, "remove it, and the same command writes it again")["minutes"]
     stale: list[str] = []
     for before, name in pairwise(run.stages):
         if is_stale(run, name) or (before in stale and run.stages[name].init_from == "previous"):

@@ -33,7 +33,7 @@ from qwen2vl_train.config import EvaluationConfig
 from qwen2vl_train.evaluation.metrics import constant_baseline, metric_of
 from qwen2vl_train.generate import generate, open_model
 from qwen2vl_train.model.qwen2vl import Qwen2VL
-from qwen2vl_train.training.checkpoint import write_json
+from qwen2vl_train.training.kept import write_json
 from qwen2vl_train.training.shown import Box, Shown
 from qwen2vl_train.training.world import World
 

@@ -27,6 +27,7 @@ from data_pipelines.whole import flush_to_disk, write_whole
 from qwen2vl_train.config import CheckpointConfig
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.failure import is_consequence
+from qwen2vl_train.training.kept import write_json
 from qwen2vl_train.training.manifest import checksum, fault_of
 from qwen2vl_train.training.restart import job
 from qwen2vl_train.training.world import World
@@ -316,11 +317,6 @@ def _finished(part: dict[str, tuple[int, int]]) -> Future[dict[str, tuple[int, i
     future: Future[dict[str, tuple[int, int]]] = Future()
     future.set_result(part)
     return future
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that the file is old or new, never half."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _step_of(path: Path) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipelines.errors import UserError
 from qwen2vl_train.config import ConfigError
 from qwen2vl_train.course import (
     initial_weights,
@@ -23,8 +24,8 @@ from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.weights import save_hf
 from qwen2vl_train.overrides import load_config
 from qwen2vl_train.stages import _leave_course, _open_run, _summarise
-from qwen2vl_train.training.checkpoint import write_json
 from qwen2vl_train.training.clock import RunClock
+from qwen2vl_train.training.kept import write_json
 from qwen2vl_train.training.lock import RunLock
 from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.restart import is_restart, job
@@ -258,3 +259,19 @@ def test_whether_a_begun_stage_is_scored_can_change(tmp_path):
     path = tmp_path / "vision" / "settings.json"
     write_json(path, json.loads(path.read_text()) | {"stages.vision.evaluate": True})  # as releases before kept it
     refuse_other_settings(demo(tmp_path, "stages.vision.evaluate=false"), "vision")
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 1, "sta', "\0" * 9], ids=["empty", "cut", "zeros"])
+def test_a_damaged_file_of_the_run_is_named_with_what_to_do(tmp_path, content):
+    run = demo(tmp_path)
+    keep_settings(run, "language")
+    checkpoint(tmp_path, "language")
+    settings, result = tmp_path / "language" / "settings.json", tmp_path / "language" / "result.json"
+    settings.write_text(content)
+    with pytest.raises(UserError, match=rf"{settings} is damaged \(.*\): restore it from a copy, or remove it"):
+        refuse_other_settings(run, "language")
+    settings.unlink()
+    refuse_other_settings(run, "language")
+    result.write_text(content)
+    with pytest.raises(UserError, match=rf"{result} is damaged \(.*\): remove it"):
+        _summarise(run, tmp_path, 1.0, trained=True)
