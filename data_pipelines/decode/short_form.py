@@ -11,17 +11,19 @@ quads say that something lies there, not what: then the places alone are asked f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from data_pipelines.decode import prompts
-from data_pipelines.decode.fields import fail, known_fields, mapping, sequence, text
+from data_pipelines.decode.fields import fail, known_fields, mapping, sequence, shown, text
 from data_pipelines.decode.members import media_kind
 from data_pipelines.decode.regions import Box, Quad, read_box, read_quad
+from data_pipelines.errors import RecordError
 
 Place = TypeVar("Place", Box, Quad)
 Named = tuple[str | None, Place]
 
+FORMS = ("caption", "text", "quads", "boxes")
 _BOX_FIELDS = ("phrase", "label", "text", "box", "bbox", "bbox_xyxy", "score")
 _QUAD_FIELDS = ("phrase", "text", "quad")
 
@@ -32,9 +34,9 @@ def expand_short_form(key: str, data: dict[str, Any], names: Sequence[str]) -> t
     Raises:
         RecordError: where a field is missing or wrong, or the sample has not exactly one media member.
     """
-    forms = [name for name in ("caption", "text", "quads", "boxes") if name in data]
+    forms = [name for name in FORMS if name in data]
     if not forms:
-        fail(key, "json", sorted(data), 'needs "messages", "caption" or "text"', "no_record")
+        no_content(key, data)
     if forms[0] == "text":
         words = text(key, "text", data["text"])
         return [{"role": "assistant", "content": [{"type": "text", "text": words}]}], "text"
@@ -56,6 +58,14 @@ def expand_short_form(key: str, data: dict[str, Any], names: Sequence[str]) -> t
     if not turns:
         fail(key, forms[0], data[forms[0]], "is empty and there is no caption: nothing to learn", "empty_text")
     return _turns_to_messages(name, turns), task
+
+
+def no_content(key: str, data: Mapping[str, Any]) -> NoReturn:
+    """Raise the error of a record in which nothing is said."""
+    fields = ", ".join(shown(name) for name in data if data[name] is not None)
+    has = f"has only {fields}" if fields else "is empty"
+    needs = "it needs 'caption', 'text' or 'messages' (of a line of JSON also 'conversations' or 'instruction')"
+    raise RecordError(key, "no_record", f"the record {has}: {needs}")
 
 
 def ground(caption: str, boxes: Sequence[tuple[str, Box]]) -> tuple[str, list[dict[str, Any]]]:

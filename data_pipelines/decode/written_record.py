@@ -19,7 +19,7 @@ from data_pipelines.decode.chat_forms import read_chat
 from data_pipelines.decode.fields import shown, text
 from data_pipelines.decode.members import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, extension, media_kind
 from data_pipelines.decode.record import record_of
-from data_pipelines.decode.short_form import expand_short_form
+from data_pipelines.decode.short_form import FORMS, expand_short_form, no_content
 from data_pipelines.errors import MediaError
 from data_pipelines.samples import Media, MediaKind, Record
 
@@ -65,10 +65,14 @@ def read_written(key: str, data: dict[str, Any]) -> WrittenRecord:
         messages, media = read_chat(key, data)
         task = str(data.get("task") or "chat")
         return WrittenRecord(key, task, tuple(messages), tuple(media), declared_size(data) if len(media) == 1 else None)
+    if data.keys().isdisjoint(FORMS):
+        no_content(key, data)
     named = next((data[field] for field in ("image", "video") if data.get(field) is not None), None)
     if "caption" not in data and named is None:
         message = {"role": "assistant", "content": text(key, "text", data.get("text"))}
         return WrittenRecord(key, "text", (message,), (), None)
+    if named is None:
+        raise MediaError(key, "missing_media", "a caption of nothing: name its picture or clip as 'image' or 'video'")
     if not isinstance(named, str) or not named:
         raise MediaError(key, "missing_media", f"image or video = {shown(named)}: needs a relative path")
     kind: MediaKind = "video" if data.get("video") is not None else (media_kind(named) or "image")

@@ -29,6 +29,11 @@ _MAX_PAUSE_S = 30.0
 _QUIET_S = 5.0  # hiccups that pass sooner are nobody's concern
 _QUERY = re.compile(r"\?[^\s'\"]*")  # of a URL: signatures and tokens stay out of messages
 _PASSING = (408, 425, 429)  # and all from 500 on
+# What botocore, google.auth and azure say where nobody is logged in, by name, for these packages are optional.
+_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "SSOTokenLoadError", "TokenRetrievalError",
+    "UnauthorizedSSOTokenError", "DefaultCredentialsError", "CredentialUnavailableError", "ClientAuthenticationError",
+}  # fmt: skip
 _LASTING = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError, TypeError,
 )  # fmt: skip
@@ -132,18 +137,33 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The server's answer as aiohttp and botocore keep it, also behind what a plugin made of it."""
+    """The server's answer as aiohttp, botocore and gcsfs keep it, also behind what a plugin made of it."""
     while error is not None:
         response = getattr(error, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
         status = getattr(error, "status", metadata.get("HTTPStatusCode"))
+        if type(error).__name__ == "HttpError":  # gcsfs
+            status = getattr(error, "code", None)
+        elif isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs, too
+            status = 403
         if isinstance(status, int):
             return status
         error = error.__cause__
     return None
 
 
+def _lacks_credentials(error: BaseException | None) -> bool:
+    """Whether it, or what it was made of, says that nobody is logged in."""
+    while error is not None:
+        if any(kind.__name__ in _CREDENTIALS for kind in type(error).__mro__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _is_passing(error: BaseException) -> bool:
+    if _lacks_credentials(error):
+        return False
     status = _status(error)
     if status is not None:
         return status in _PASSING or status >= 500
@@ -155,7 +175,10 @@ def _explain(error: BaseException) -> str:
     status = getattr(cause, "status", None)
     if isinstance(status, int):
         return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
-    return _QUERY.sub("", f"{type(cause).__name__}: {cause}").rstrip(": ")
+    words = _QUERY.sub("", f"{type(cause).__name__}: {cause}").rstrip(": ")
+    if _lacks_credentials(error):
+        words += ". Give credentials as its plugin finds them (s3: AWS_PROFILE or AWS_ACCESS_KEY_ID; gcs: gcloud auth)"
+    return words
 
 
 def list_urls(pattern: str, config: RemoteConfig) -> list[str]:

@@ -151,7 +151,7 @@ def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = R
         for path in expand_braces(os.path.expanduser(pattern.removeprefix("file://"))):
             matches = _matches(path, remote)
             if not matches:
-                where = "" if is_remote(path) else _nearest_folder(path)
+                where = "" if is_remote(path) else _why_nothing(path)
                 raise ShardError(named, "no_shards", f"no shard matches {public_name(path)!r}{where}")
             found.update(matches)
     if not found:
@@ -184,8 +184,10 @@ def expand_braces(pattern: str) -> list[str]:
     return [head + part + rest for part in middle for rest in tail]
 
 
-def _nearest_folder(path: str) -> str:
-    """Which part of the path exists, for the error message."""
+def _why_nothing(path: str) -> str:
+    """Why a path names no file, for the error message: which part of it exists."""
+    if os.path.isdir(path):
+        return f": it is a folder; use {os.path.join(path, '*.tar')!r}"
     folder = Path(path).parent
     if folder.is_dir():
         return f" (the folder exists and holds {sum(1 for _ in folder.iterdir())} entries)"

@@ -24,6 +24,8 @@ def test_the_command_counts_samples_tokens_and_what_would_be_left_out(tiny, caps
 def test_a_pattern_without_shards_ends_in_one_line(tmp_path, capsys):
     assert main(["index", f"{tmp_path}/*.tar"]) == 2
     assert "no shard matches" in capsys.readouterr().err
+    assert main(["index", str(tmp_path)]) == 2
+    assert f"it is a folder; use '{tmp_path}/*.tar'" in capsys.readouterr().err
 
 
 def write_mixed(folder):

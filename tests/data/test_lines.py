@@ -240,6 +240,16 @@ def test_a_broken_line_is_a_ledger_line_and_nothing_else_is_lost(folder, tiny):
     }
 
 
+def test_a_line_in_which_nothing_is_said_names_what_it_has_and_what_it_needs(tmp_path):
+    lines = [{"id": 3, "image": "a.png"}, {"id": 3}, {}, {"caption": "a dog"}]
+    index = load_index(str(write_lines(tmp_path / "train.jsonl", lines)))
+    first, second, third, fourth = (message for _, _, message in index.problems)
+    assert first.startswith("the record has only 'id', 'image': it needs 'caption', 'text' or 'messages'")
+    assert second.startswith("the record has only 'id': it needs")
+    assert third.startswith("the record is empty: it needs")
+    assert fourth == "a caption of nothing: name its picture or clip as 'image' or 'video'"
+
+
 def test_a_file_edited_after_it_was_indexed_is_noticed(folder, tiny):
     path = folder / "train.jsonl"
     source = SourceIndex("s", [str(path)], Counting(tiny.tokenizer, "plain"))

@@ -177,6 +177,44 @@ def test_what_cannot_get_better_is_an_error_at_once(server, remote):
     assert faults.requests.total() == 2  # HEAD, then GET
 
 
+class NoCredentialsError(Exception):
+    """As botocore's, which need not be installed."""
+
+
+class HttpError(Exception):
+    """As gcsfs's."""
+
+    code = 401
+
+
+def behind(outer, inner):
+    outer.__cause__ = inner
+    return outer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NoCredentialsError("Unable to locate credentials"),
+        behind(OSError("plugins wrap it"), NoCredentialsError("Unable to locate credentials")),
+        HttpError("Anonymous caller"),
+        OSError("Forbidden: bucket/a.tar"),
+        PermissionError("Access Denied"),
+    ],
+)
+def test_who_may_not_read_is_told_at_once(remote, error):
+    calls = []
+
+    def request():
+        calls.append(1)
+        raise error
+
+    with pytest.raises(ShardError) as caught:
+        connection.attempt(request, remote, "s3://b/a.tar", lambda words: ShardError("s3://b/a.tar", "", words))
+    assert len(calls) == 1
+    assert ("Give credentials" in str(caught.value)) == ("redentials" in repr(error.__cause__ or error))
+
+
 def test_a_server_that_stays_busy_is_given_up_with_its_answer(server, remote):
     address, faults = server
     file = RemoteFile(f"{address}/a.tar?signature=secret", replace(remote, retries=2))
