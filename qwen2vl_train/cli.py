@@ -125,10 +125,12 @@ def _train(options: argparse.Namespace) -> int:
             if world.is_main:
                 print(order, file=sys.stderr, flush=True)
             world.barrier()
-            code = EXIT_PREEMPTED
+            code = order.code
         except Exception as error:
             exit_after(error, world, EXIT_PREEMPTED if stop.is_cause_of(error) else None)
         end_world()  # here, where no exception's frames keep the engine in memory
+        if code or stop.requested:
+            stop.let_end()
     return code
 
 

@@ -2,7 +2,8 @@
 
 Enters: SIGTERM, SIGUSR1 or Ctrl-C in any rank. Leaves: a flag that the loop's next step spreads to every rank, which
 then write a checkpoint; outside the loop, the next boundary between two pieces of work ends the run. While the ranks
-still meet nothing can be lost, and the process ends at once. Exit code 75 (EX_TEMPFAIL: start the same command again).
+still meet nothing can be lost, and the process ends at once. Exit code 75 (EX_TEMPFAIL: start the same command again),
+or 74 (EX_IOERR) where the checkpoint could not be written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from qwen2vl_train.training.world import World
 
+EXIT_UNSAVED = 74
 EXIT_PREEMPTED = 75
 EXIT_STALLED = 76
 
@@ -27,7 +29,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preempted(Exception):  # noqa: N818  (an order that was carried out, not an error)
-    """The run was asked to stop and did; the message says where, and where its checkpoint lies."""
+    """The run was asked to stop and did; the message says where, and where its checkpoint lies.
+
+    `code` is for the process to end with: by itself the same command goes on, but not from `EXIT_UNSAVED`.
+    """
+
+    def __init__(self, message: str, code: int = EXIT_PREEMPTED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class StopRequest:
@@ -53,6 +62,13 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def let_end(self) -> None:
+        """The process ends now: signals that come from here on, torchrun's to the ranks left, change its code no more.
+
+        For programs that end after this; what is entered as a part of another one restores its handlers.
+        """
+        self._previous = dict.fromkeys(_SIGNALS, signal.SIG_IGN)
 
     def obey(self, world: World, where: str) -> None:
         """End the run here if any rank was asked to stop. Collective.

@@ -40,7 +40,7 @@ from qwen2vl_train.training.schedule import rate_factor
 from qwen2vl_train.training.sequence import SequenceGroup
 from qwen2vl_train.training.spikes import Spike, SpikeGuard
 from qwen2vl_train.training.step import train_step
-from qwen2vl_train.training.stopping import Preempted, StopRequest
+from qwen2vl_train.training.stopping import EXIT_UNSAVED, Preempted, StopRequest
 from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
@@ -173,7 +173,7 @@ class Trainer:
                 path = store.save(engine, step, self._state(progress, loader), wait=done or result.stop)
                 journal.window.reset()  # its time is not training time
                 if result.stop and not done:
-                    raise Preempted(self._farewell(stop, progress.step, path))
+                    raise self._farewell(stop, progress.step, path)
         return progress
 
     def _roll_back(
@@ -228,9 +228,12 @@ class Trainer:
             **self._origin,
         }
 
-    def _farewell(self, stop: StopRequest, step: int, path: Path | None) -> str:
-        kept = f"its checkpoint is {path}" if path else "its checkpoint could not be written (see above)"
-        return f"{self._name} stopped after step {step} on {stop.reason}; {kept}; the same command continues"
+    def _farewell(self, stop: StopRequest, step: int, path: Path | None) -> Preempted:
+        stopped = f"{self._name} stopped after step {step} on {stop.reason}"
+        if path is not None:
+            return Preempted(f"{stopped}; its checkpoint is {path}; the same command continues")
+        lost = "its checkpoint could not be written (see above), so the steps since the last one are lost"
+        return Preempted(f"{stopped}; {lost}: make room, then start the same command again", EXIT_UNSAVED)
 
     def _build_engine(self) -> Engine:
         """The model with its parts frozen by rule; under ZeRO-3 each rank makes and fills its own share only."""

@@ -5,6 +5,7 @@ Usage: chain_worker WHERE OVERRIDES...    WHERE: data | fits STAGE | scores STAG
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ def main() -> int:
         print(work, flush=True)
         if work == where:
             os.kill(os.getpid(), signal.SIGTERM)
+            atexit.register(os.kill, os.getpid(), signal.SIGTERM)  # torchrun's, when another rank has ended
 
     class NoTrainer:
         def __init__(self, run, name, init, config, *others) -> None:

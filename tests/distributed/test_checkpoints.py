@@ -140,6 +140,18 @@ def test_without_room_on_the_disk_training_goes_on_and_says_so(tmp_path):
     assert steps_kept(tmp_path) == []
 
 
+def test_a_stop_without_room_for_its_checkpoint_ends_with_a_code_of_its_own(tmp_path):
+    """Not 75, at which schedulers start the same again: it would lose the same steps each time.
+
+    The signal comes in step 3, whose ranks have agreed to go on already.
+    """
+    fault = {"kind": "term", "rank": 0, "step": 2}
+    finished = train(1, tmp_path, steps=9, packs=2, every=9, min_free_gb=1e6, fault=fault)
+    assert "exitcode: 74" in finished.stderr.replace("exitcode  :", "exitcode:"), finished.stderr[-3000:]
+    assert "main stopped after step 4 on SIGTERM; its checkpoint could not be written (see above)" in finished.stderr
+    assert steps_kept(tmp_path) == []
+
+
 def run_with_kills(folder, pauses_s, **options):
     """Start again for each pause, and kill one rank (every other time both) that long after the ranks are there."""
     for number, pause_s in enumerate(pauses_s):

@@ -80,7 +80,7 @@ def test_a_preempted_job_goes_back_to_the_queue(cluster):
 
 def test_tasks_that_end_as_the_script_is_signalled_are_requeued_all_the_same(cluster, tmp_path):
     """Twenty times, since which of the two bash sees first is a matter of microseconds."""
-    (tmp_path / "srun").write_text('#!/bin/bash\nkill -TERM $PPID\nexit 75\n')
+    (tmp_path / "srun").write_text("#!/bin/bash\nkill -TERM $PPID\nexit 75\n")
     assert [submit(cluster).wait(30) for _ in range(20)] == [75] * 20
     assert record(cluster) == ["scontrol requeue 7"] * 20
 

@@ -79,6 +79,25 @@ def test_a_signal_while_the_ranks_meet_ends_at_once_with_75(tmp_path, order):
     assert f"{order.name} while the ranks met: nothing is lost" in said
 
 
+def test_a_stop_that_was_carried_out_leaves_signals_without_effect_and_else_all_is_as_before():
+    """Between the last line of Python and the process's end, torchrun may end it because another rank has left."""
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+            stop.let_end()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_helper_processes_that_the_same_signal_ended_are_no_error_of_their_own():
     """torchrun and a terminal signal the whole process group, pools that index or draw included."""
     before = signal.getsignal(signal.SIGTERM)

@@ -49,7 +49,7 @@ from qwen2vl_train.training.checkpoint import CheckpointStore
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.failure import exit_after
 from qwen2vl_train.training.monitor import Monitor
-from qwen2vl_train.training.stopping import EXIT_PREEMPTED, Preempted, StopRequest
+from qwen2vl_train.training.stopping import Preempted, StopRequest
 from qwen2vl_train.training.trainer import Trainer
 from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.world import World, end_world, start_world
@@ -241,7 +241,7 @@ def main() -> int:
             Trainer(run, "main", init, run.model.config, world, monitor, run.resume).fit(stop, watchdog)
     except Preempted as order:
         print(order, file=sys.stderr)
-        code = EXIT_PREEMPTED
+        code = order.code
     except Exception as error:
         exit_after(error, world)
     world.barrier()
