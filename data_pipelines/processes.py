@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,16 +49,28 @@ class _Worker(Generic[T]):
         return self.process.wait()
 
 
+def end_of(code: int) -> str:
+    """How a process ended, in words, from its exit code."""
+    return f"was ended by signal {-code}: out of memory?" if code < 0 else f"ended with {code}"
+
+
+def _raise_lost(task: object, code: int) -> NoReturn:
+    raise RuntimeError(f"a worker process {end_of(code)}")
+
+
 def map_in_processes(
-    function: Callable[[T], R], tasks: Sequence[T], processes: int, lost: Callable[[T, int], R]
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    processes: int,
+    lost: Callable[[T, int], R] = _raise_lost,
 ) -> Generator[tuple[T, R], None, None]:
     """`function` of each task, in the order in which they are finished; close the generator to end the processes.
 
-    `lost(task, exit code)` gives the result of a task that ended its process (or raises); the others go on in a new
-    one. Function, tasks and results are pickled; the function lies in a module, not in the caller's script.
+    `lost(task, exit code)` gives the result of a task that ended its process, and the others go on in a new one; left
+    out, it is an error. Function, tasks and results are pickled; the function lies in a module, not in a script.
 
     Raises:
-        RuntimeError: a process does not start. What `function` raises, with its traceback as the cause.
+        RuntimeError: a process does not start, or ended. What `function` raises, with its traceback as the cause.
     """
     waiting = deque(tasks)
     workers: list[_Worker[T]] = []

@@ -39,7 +39,7 @@ from data_pipelines.index.roll import Roll, forget_rolls
 from data_pipelines.index.samples import IndexRow, ShardIndex, index_columns
 from data_pipelines.index.side_files import Built, find_side_file, has_time_of, keep_side_file
 from data_pipelines.index.table import Columns
-from data_pipelines.processes import map_in_processes
+from data_pipelines.processes import end_of, map_in_processes
 from data_pipelines.shards.names import is_remote, public_name
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, ShardFile, open_shard
 
@@ -205,10 +205,8 @@ def _build(task: tuple[str, bool], counting: Counting | None, remote: RemoteConf
 
 
 def _lost(task: tuple[str, bool], code: int) -> _Outcome:
-    shard = public_name(task[0])
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
-    message = f"the process that indexed it {how}: out of memory? `qwen2vl-data check` finds a sample that ends it"
-    return _Outcome(error=ShardError(shard, "index_crashed", message))
+    message = f"the process that indexed it {end_of(code)}; `qwen2vl-data check` finds the sample"
+    return _Outcome(error=ShardError(public_name(task[0]), "index_crashed", message))
 
 
 def is_as_indexed(file: ShardFile, index: ShardIndex) -> bool:

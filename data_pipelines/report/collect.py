@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from data_pipelines.pack.read import PackReader
 from data_pipelines.plan.lengths import sample_lengths
 from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack
+from data_pipelines.processes import map_in_processes
 from data_pipelines.report.documents import DocumentWriter, Origin
 from data_pipelines.report.survey import Survey
 from data_pipelines.samples import PackedBatch
@@ -92,16 +92,14 @@ def read_packs(
     reading = _Reading(tuple(sources), config, tokenizer, folder)
     results: dict[int, list[ReadPack]] = {}
     if processes > 1 and len(chunks) > 1:
-        # Spawned, not forked: the caller may hold threads of torch.
-        with ProcessPoolExecutor(min(processes, len(chunks)), mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(reading.chunk, number, chunk): number for number, chunk in enumerate(chunks)}
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                done += sum(len(pack.items) for pack in chunks[futures[future]])
+        with closing(map_in_processes(reading.chunk, list(enumerate(chunks)), processes)) as read:
+            for (number, chunk), result in read:
+                results[number] = result
+                done += sum(len(pack.items) for pack in chunk)
                 progress(done, total)
     else:
         for number, chunk in enumerate(chunks):
-            results[number] = reading.chunk(number, chunk)
+            results[number] = reading.chunk((number, chunk))
             done += sum(len(pack.items) for pack in chunk)
             progress(done, total)
     return [read for number in range(len(chunks)) for read in results[number]]
@@ -129,8 +127,9 @@ class _Reading:
     tokenizer: TextTokenizer
     folder: Path
 
-    def chunk(self, number: int, packs: Sequence[Pack]) -> list[ReadPack]:
-        """Read `packs`, write `data/number.js`, and return the summaries."""
+    def chunk(self, task: tuple[int, Sequence[Pack]]) -> list[ReadPack]:
+        """Read the packs of `task` (number, packs), write `data/number.js`, and return the summaries."""
+        number, packs = task
         torch.set_num_threads(1)
         reader = PackReader(self.sources, self.config, self.tokenizer)
         writer = DocumentWriter(self.tokenizer, self.folder, f"{number:05d}-")

@@ -24,15 +24,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from data_pipelines.errors import UserError
+from data_pipelines.processes import map_in_processes
 from data_pipelines.shards.writer import MANIFEST_NAME, ShardFacts, ShardWriter, write_manifest
 from data_pipelines.sources.bpe import train_bpe
 from data_pipelines.sources.demo_documents import HELDOUT_TASKS, demo_texts, make_document
@@ -198,19 +198,13 @@ def _write_units(
 def _run(folder: Path, units: list[Unit], seed: int, processes: int) -> Iterator[tuple[Unit, ShardFacts]]:
     """Each unit as it is finished. A worker that dies raises here; nothing waits for it."""
     if processes == 1:
-        yield from ((unit, _write_unit(folder, unit, seed)) for unit in units)
+        yield from ((unit, _write_unit(unit, folder, seed)) for unit in units)
         return
-    # "spawn": the caller may hold threads (torch), which fork would copy in any state.
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        futures = {pool.submit(_write_unit, folder, unit, seed): unit for unit in units}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with closing(map_in_processes(partial(_write_unit, folder=folder, seed=seed), units, processes)) as made:
+        yield from made
 
 
-def _write_unit(folder: Path, unit: Unit, seed: int) -> ShardFacts:
+def _write_unit(unit: Unit, folder: Path, seed: int) -> ShardFacts:
     """Make one shard, SPLIT/KIND-00000.tar."""
     stencils = Stencils()
     writer = ShardWriter(folder / unit.split, unit.kind, first_shard=unit.number, manifest=None)
