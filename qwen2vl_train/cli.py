@@ -179,5 +179,13 @@ def _config(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from qwen2vl_train.report import write_report
 
-    print(write_report(options.folder))
+    try:
+        print(write_report(options.folder))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"the report of {options.folder} cannot be written ({error}); it stands in the run's folder: copy that to "
+            "where you may write, or make room"
+        ) from error
     return 0

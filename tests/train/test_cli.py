@@ -1,10 +1,13 @@
 """What `qwen2vl` says of a mistake, and from which ranks."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from qwen2vl_train import cli
+from qwen2vl_train.report import page
 
 
 @pytest.mark.parametrize(("rank", "local_rank", "says"), [("8", "0", True), ("9", "1", False)])
@@ -20,3 +23,15 @@ def test_a_configuration_that_is_wrong_on_one_node_is_said_there_by_one_rank_and
     wanted = f"error (rank {rank}): "
     assert (wanted in capsys.readouterr().err) == says
     assert json.loads(file.read_text())["message"]["message"].startswith(f"{wanted}seeed = 3: unknown key")
+
+
+def test_a_report_into_a_folder_that_takes_no_file_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"stages": {"vision": {}}}')
+
+    def refuse(path, content):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(page, "write_whole", refuse)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"the report of {tmp_path} cannot be written ([Errno 30] Read-only file system" in line
