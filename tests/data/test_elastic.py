@@ -16,6 +16,7 @@ from test_loader import fingerprint
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
+from data_pipelines.plan.balance import PackCost
 from data_pipelines.plan.rows import unfold
 
 PACKS, STEPS = 8, 9
@@ -23,19 +24,22 @@ PAIRS = list(product((1, 2, 4, 8), (0, 1, 3)))
 QUICK = [(2, 1), (8, 0), (4, 3)]
 
 
-def changing(tiny, workers):
+def changing(tiny, workers, packing="pool"):
     """A mixture whose weights change twice within the steps tested, over epochs that end many times within them."""
     config = tiny.config(max_tokens=96, workers=workers)
+    config = replace(config, plan=replace(config.plan, packing=packing))
     pictures = replace(config.sources["pictures"], schedule=((1_800, 0.0), (3_900, 1.0)))
     texts = replace(config.sources["texts"], schedule=((3_900, 2.0),))
     return replace(config, sources={"pictures": pictures, "texts": texts})
 
 
-def steps_of(tiny, world, workers, steps, state=None):
+def steps_of(tiny, world, workers, steps, state=None, packing="pool"):
     """The global batches of `steps` steps, from all ranks, and the state after them, the same on every rank."""
     parts, states = [], []
+    cost = None if packing == "pool" else PackCost(1e6, 1e3, 2e6, 1e3)  # with one, the dearest packs come first
     for rank in range(world):
-        loader = PackLoader(changing(tiny, workers), tiny.tokenizer, PACKS, rank, world, seed=3)
+        config = changing(tiny, workers, packing)
+        loader = PackLoader(config, tiny.tokenizer, PACKS, rank, world, seed=3, cost=cost)
         if state is not None:
             loader.load_state_dict(state)
         parts.append([[fingerprint(batch) for batch in step] for _, step in zip(range(steps), loader, strict=False)])
@@ -90,6 +94,15 @@ def check_stops(tiny, reference, seed):
 
 def test_a_run_stopped_anywhere_goes_on_under_another_pair(tiny, reference):
     check_stops(tiny, reference, seed=0)
+
+
+@pytest.mark.parametrize("packing", ["balanced", "task", "single"])
+def test_every_packing_goes_on_under_another_pair(tiny, packing):
+    whole, end = steps_of(tiny, 1, 0, 7, packing=packing)
+    first, state = steps_of(tiny, 4, 1, 3, packing=packing)
+    rest, last = steps_of(tiny, 2, 3, 4, state, packing)
+    assert first + rest == whole
+    assert last == end
 
 
 @pytest.mark.slow
