@@ -18,7 +18,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from data_pipelines.errors import UserError
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError
 from qwen2vl_train.model.config import ModelConfig
@@ -39,8 +38,8 @@ def refuse_other_model(
     key = f"stages.{stage}.init_from"
     try:
         held = ModelConfig.from_hf(folder)
-    except UserError as error:
-        raise ConfigError(f"{key}: {folder}: {error}; choose another folder") from error
+    except ValueError as error:  # not JSON, or settings that this model does not compute
+        raise ConfigError(f"{key}: {folder / 'config.json'}: {error}; choose another folder") from error
     if fault := _difference(asdict(held), asdict(config), "the folder"):
         raise ConfigError(
             f"{key}: the weights in {folder} are of another model {fault}; to go on with other values on purpose, "

@@ -79,6 +79,12 @@ def test_weights_of_another_architecture_are_refused_by_name_with_both_values(fo
         judge(folder, tokenizer, config)
 
 
+def test_a_damaged_configuration_is_one_line(folder, tokenizer):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"init_from: \S+/config\.json: .*; choose another folder"):
+        judge(folder, tokenizer)
+
+
 def test_several_differences_are_named_at_once_with_one_remedy(folder, tokenizer):
     edit(folder, rope_theta=123.0, rms_norm_eps=0.1)
     with pytest.raises(ConfigError, match=r"rms_norm_eps=0\.1 model\.config\.text\.rope_theta=123\.0"):
