@@ -53,7 +53,8 @@ def exit_after(error: Exception, world: World, code: int | None = None) -> NoRet
     try:
         if first["rank"] == world.rank:
             print(f"{trace}\n{name_failure(own)}", file=sys.stderr)
-        elif first["message"] != own["message"]:  # not the one mistake that all ranks find
+        elif first["message"] != own["message"] or (first["host"] != own["host"] and world.local_rank == 0):
+            # not the one mistake that all ranks find, or said on another machine alone
             print(f"\n{name_first_cause(first, world.rank)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -272,7 +272,8 @@ class Watchdog:
                 "with it; the same command continues from the newest checkpoint",
             )
             print(f"\n{name_failure(cause)}", file=sys.stderr, flush=True)
-            if failures is not None:  # ranks of other machines still have theirs
+            alone = os.environ.get("LOCAL_WORLD_SIZE") == str(self._world.size)  # all ranks see it; the store is gone
+            if failures is not None and not alone:
                 self._ask(lambda: claim_first_cause(cause, failures))
                 leave_store(failures, self._world)
         finally:
