@@ -28,6 +28,7 @@ from data_pipelines.pack.slots import packs_ahead, slot_bytes
 from data_pipelines.pack.workers import MakeReader, NameSample, NameShards, WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
+from data_pipelines.plan.lengths import count_usable
 from data_pipelines.plan.mixture import mixture_phases, shares_at
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.samples import PackedBatch
@@ -35,7 +36,7 @@ from data_pipelines.shards.names import public_name
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 SOURCE = "source "
 _ORDER = "order of the sources"
 _SHOWN_SHARDS = 4
@@ -64,7 +65,9 @@ def open_sources(
 def new_planner(config: DataConfig, sources: list[SourceIndex], seed: int, cost: PackCost | None = None) -> Planner:
     """The plan of a mixture, at its beginning; `cost` is needed for balanced packing."""
     phases = mixture_phases(
-        list(config.sources.values()), lambda: [source.num_samples for source in sources], config.plan.size_temperature
+        list(config.sources.values()),
+        lambda: [count_usable(source, config.media, config.plan) for source in sources],
+        config.plan.size_temperature,
     )
     return Planner(sources, phases, config.media, config.plan, seed, cost)
 
@@ -282,7 +285,10 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], accept_cha
         UserError: it is not allowed to; with names, values and the remedy.
     """
     if state.get("version") != STATE_VERSION:
-        raise UserError(f"loader state of version {state.get('version')}, this program reads {STATE_VERSION}")
+        raise UserError(
+            f"the plan's state is of version {state.get('version')}, this program continues version {STATE_VERSION}: "
+            "finish the stage with the program that began it, or start it anew (resume=none)"
+        )
     theirs = state["identity"]
     # Plans number the sources, and draw ties by number.
     common = mine.keys() & theirs.keys()
