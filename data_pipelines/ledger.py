@@ -8,20 +8,26 @@ the lines of packs that it trains again.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipelines.samples import PackedBatch
 
+_LOG = logging.getLogger(__name__)
 # Events that cost no sample: something was noted or made smaller, the sample is in its pack.
 LOSSLESS = frozenset({"shrunk", "truncated", "no_end_marker", "worker_replaced", "scattered_key"})
 
 
 class Ledger:
-    """Appends to the file at `path`, which is made with the first line."""
+    """Appends to the file at `path`, which is made with the first line.
+
+    Where the disk has no room, that is said once and the lines are lost: the counts in the figures still hold them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._told_of_disk = False
 
     def add(self, packs: Iterable[PackedBatch]) -> None:
         """Write down what `packs` report."""
@@ -31,7 +37,12 @@ class Ledger:
                 fields = {"dataset": event.dataset, "key": event.key, "reason": event.reason, "message": event.message}
                 several = {"samples": event.num_samples} if event.num_samples != 1 else {}
                 lines.append(json.dumps({"pack": pack.number, **fields, **several}) + "\n")
-        if lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(lines))
+        try:
+            if lines:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write("".join(lines))
+        except OSError as error:
+            if not self._told_of_disk:
+                _LOG.warning("%s cannot be written, what is lost is only counted from here (%s)", self.path, error)
+            self._told_of_disk = True

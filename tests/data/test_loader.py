@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.pack import plan_process
 from data_pipelines.plan.planner import Planner
+from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.writer import ShardWriter
 from data_pipelines.streaming import StreamLoader
 
@@ -198,6 +200,15 @@ def damaged(tiny, tmp_path):
     config = tiny.config(workers=1, pictures=1.0)
     source = replace(config.sources["pictures"], shards=(f"{tmp_path}/d-*.tar",))
     return replace(config, sources={"damaged": source})
+
+
+def test_a_full_disk_costs_lines_of_the_ledger_not_the_run(caplog):
+    event = LedgerEvent("web", "k", "bad_json", "not JSON")
+    ledger = Ledger(Path("/dev/full"))
+    for _ in range(2):
+        ledger.add([SimpleNamespace(number=1, events=[event])])
+    (said,) = caplog.messages
+    assert said.startswith("/dev/full cannot be written, what is lost is only counted from here ([Errno 28] No space")
 
 
 def test_failing_samples_leave_their_packs_and_are_counted(tiny, damaged, tmp_path):
