@@ -139,7 +139,7 @@ def end_to_end(folder: Path, pictures: int, rounds: int) -> tuple[dict[str, floa
 def write_pictures(folder: Path, captions: list[str]) -> None:
     """Photographs of 640 x 480 with a caption each."""
     made = make_pictures()
-    with ShardWriter(folder, "b", max_records=128) as writer:
+    with ShardWriter(folder, "b", max_records=1024) as writer:
         for number, caption in enumerate(captions):
             data = made[number % len(made)]
             facts = probe_image(data, "0.jpg", "k")
@@ -150,7 +150,7 @@ def write_pictures(folder: Path, captions: list[str]) -> None:
 def write_records(folder: Path, count: int) -> None:
     """Chats of 1 KB without media."""
     turns = [{"role": role, "content": "words of a turn " * 16} for role in ("user", "assistant") * 2]
-    with ShardWriter(folder, "b", max_records=1024) as writer:
+    with ShardWriter(folder, "b", max_records=10_000) as writer:
         for number in range(count):
             writer.write(f"{number:06d}", {"messages": turns}, {})
 
