@@ -16,8 +16,9 @@ from data_pipelines.config import MediaConfig, PlanConfig
 from data_pipelines.pack.plan_process import PlannedStep, PlanProcess
 from data_pipelines.plan.balance import PackCost, imbalance, order_by_cost
 from data_pipelines.plan.mixture import Phase
-from data_pipelines.plan.packer import Item, PoolPacker
+from data_pipelines.plan.packer import PoolPacker
 from data_pipelines.plan.planner import Planner
+from data_pipelines.plan.shelf import Item
 
 MAX_TOKENS = 16384
 # Diets: median sample at most 1/16 of a pack ("short"), and harder ones.

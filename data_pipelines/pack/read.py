@@ -16,8 +16,8 @@ from data_pipelines.decode.clip_cache import open_clip_cache
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError, PlanMismatch
 from data_pipelines.pack.collate import collate
-from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack
+from data_pipelines.plan.shelf import Item
 from data_pipelines.samples import Encoded, LedgerEvent, PackedBatch, Record
 from data_pipelines.tokenizer import TextTokenizer
 

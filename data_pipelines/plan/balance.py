@@ -10,7 +10,6 @@ every micro-step, so a step lasts the sum over micro-steps of the slowest rank's
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.plan.packer import ARRIVAL, ORDER_BITS, Item
+from data_pipelines.plan.shelf import Item, Shelf
 
 COST_NAME = "pack_cost.json"  # in a stage's folder: the cost that its packs are dealt by
 
@@ -93,8 +92,8 @@ class CostPacker:
     """A pool packer that steers each pack's cost towards the mean: oldest first, then best fit among samples that are
     dear for their tokens while the pack is cheaper than the mean so far, among cheap ones while it is dearer.
 
-    Cost counts in whole millions, so that sums are exact. State: the open items, each with whether it was dear when it
-    came, and the sums of tokens and cost so far.
+    Cost counts in whole parts of what a pack of text costs (2^30), so that sums are exact in any unit. State: the open
+    items, each with whether it was dear when it came, and the sums of tokens and cost so far.
     """
 
     def __init__(
@@ -106,88 +105,72 @@ class CostPacker:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self._max_tokens, self._max_patches, self._pool_size, self._cost = max_tokens, max_patches, pool_size, cost
-        # Arrival number → (item, its cost, whether it is dear); the cheap and the dear by (tokens, arrival).
-        self._items: dict[int, tuple[Item, int, bool]] = {}
-        self._ranked: tuple[list[int], list[int]] = ([], [])
+        self._parts = (1 << 30) / (cost.item(Item(0, 0, 0, 0, max_tokens, 0)) or 1.0)
+        self._cheap, self._dear = Shelf(max_tokens, max_patches), Shelf(max_tokens, max_patches)
+        self._costs: dict[int, int] = {}  # of the open items, by arrival
         self._arrivals = self._sum_tokens = self._sum_cost = 0
         if state:
             self._sum_tokens, self._sum_cost = state["tokens"], state["cost"]
-            for dear, *item in state["items"]:
-                self._open(Item(*item), bool(dear))
+            for dear, *row in state["items"]:
+                item = Item(*row)
+                self._open(item, self._cost_of(item), bool(dear))
 
     def waiting(self) -> Counter[int]:
         """Open items by source."""
-        return Counter(item.source for item, _, _ in self._items.values())
+        return Counter(item.source for shelf in (self._cheap, self._dear) for item in shelf.items.values())
 
     def state(self) -> dict[str, Any]:
         """The open items, oldest first, and the running sums."""
-        items = [[int(dear), *item] for item, _, dear in self._items.values()]
-        return {"items": items, "tokens": self._sum_tokens, "cost": self._sum_cost}
+        shelves = enumerate((self._cheap, self._dear))
+        items = sorted((arrival, dear, *item) for dear, shelf in shelves for arrival, item in shelf.items.items())
+        rows = [[dear, *item] for _, dear, *item in items]
+        return {"items": rows, "tokens": self._sum_tokens, "cost": self._sum_cost}
 
     def next_pack(self, source: Iterator[Item]) -> list[Item]:
         """The next pack; `source` refills the pool, each item within budget."""
-        while len(self._items) < self._pool_size:
+        cheap, dear = self._cheap, self._dear
+        while len(self._costs) < self._pool_size:
             self._draw(source)
-        arrival = next(iter(self._items))
-        item, _, dear = self._items[arrival]
-        del self._ranked[dear][bisect_left(self._ranked[dear], item.tokens << ORDER_BITS | arrival)]
-        tokens, patches, spent = self._max_tokens, self._max_patches, 0
-        pack = []
+        arrival = next(iter(self._costs))
+        shelf = cheap if arrival in cheap.items else dear
+        pack, tokens, patches, spent = list[Item](), self._max_tokens, self._max_patches, 0
         while True:
-            item, cost, _ = self._items.pop(arrival)
+            item = shelf.take(arrival)
+            spent += self._costs.pop(arrival)
             pack.append(item)
-            tokens, patches, spent = tokens - item.tokens, patches - item.patches, spent + cost
+            tokens, patches = tokens - item.tokens, patches - item.patches
             self._draw(source)
-            chosen = self._choose(
-                spent * self._sum_tokens < self._sum_cost * (self._max_tokens - tokens), tokens, patches
-            )
-            if chosen is None:
+            below_mean = spent * self._sum_tokens < self._sum_cost * (self._max_tokens - tokens)
+            shelf, other = (dear, cheap) if below_mean else (cheap, dear)
+            arrival, another = shelf.best(tokens, patches), other.best(tokens, patches)
+            if arrival < 0 or (another >= 0 and self._alike_and_longer(other, another, shelf, arrival)):
+                shelf, arrival = other, another
+            if arrival < 0:
                 return pack
-            arrival = chosen
 
-    def _choose(self, dear: bool, tokens: int, patches: int) -> int | None:
-        """Take the best fit of the wanted kind from its list, else of the other; its arrival number.
+    def _alike_and_longer(self, one: Shelf, another: int, shelf: Shelf, wanted: int) -> bool:
+        """Whether `another` is longer than the `wanted` item and costs the same by the token, to within a tenth.
 
-        Of two that cost alike by the token, the longer: where all samples do, packs are as full as the pool's.
+        Then it serves as well: where all samples cost alike, packs are as full as the pool's.
         """
-        wanted, other = (self._place(kind, tokens, patches) for kind in (dear, not dear))
-        if wanted < 0 and other < 0:
-            return None
-        if wanted >= 0 and other >= 0:
-            mine, theirs = self._ranked[dear][wanted], self._ranked[not dear][other]
-            if theirs >> ORDER_BITS > mine >> ORDER_BITS and self._alike(mine & ARRIVAL, theirs & ARRIVAL):
-                wanted = -1
-        kind, place = (dear, wanted) if wanted >= 0 else (not dear, other)
-        return self._ranked[kind].pop(place) & ARRIVAL
-
-    def _place(self, dear: bool, tokens: int, patches: int) -> int:
-        """The place of one kind's longest sample that fits; -1 where there is none."""
-        ranked = self._ranked[dear]
-        place = bisect_left(ranked, (tokens + 1) << ORDER_BITS) - 1
-        while place >= 0 and self._items[ranked[place] & ARRIVAL][0].patches > patches:
-            place -= 1
-        return place
-
-    def _alike(self, one: int, two: int) -> bool:
-        """Whether two samples cost the same by the token, to within a tenth."""
-        (a, cost_a, _), (b, cost_b, _) = self._items[one], self._items[two]
-        x, y = cost_a * b.tokens, cost_b * a.tokens
-        return 10 * abs(x - y) <= max(x, y)
+        longer, length = one.items[another].tokens, shelf.items[wanted].tokens
+        x, y = self._costs[wanted] * longer, self._costs[another] * length
+        return longer > length and 10 * abs(x - y) <= max(x, y)
 
     def _draw(self, source: Iterator[Item]) -> None:
         item = next(source)
-        cost = self._millions(item)
+        cost = self._cost_of(item)
         self._sum_tokens += item.tokens
         self._sum_cost += cost
-        self._open(item, cost * self._sum_tokens > self._sum_cost * item.tokens)
+        self._open(item, cost, cost * self._sum_tokens > self._sum_cost * item.tokens)
 
-    def _open(self, item: Item, dear: bool) -> None:
-        self._items[self._arrivals] = (item, self._millions(item), dear)
-        insort(self._ranked[dear], item.tokens << ORDER_BITS | self._arrivals)
+    def _open(self, item: Item, cost: int, dear: bool) -> None:
+        (self._dear if dear else self._cheap).add(self._arrivals, item)
+        self._costs[self._arrivals] = cost
         self._arrivals += 1
 
-    def _millions(self, item: Item) -> int:
-        return int(self._cost.item(item) * 1e-6)
+    def _cost_of(self, item: Item) -> int:
+        return int(self._cost.item(item) * self._parts)
 
 
 def imbalance(costs: npt.NDArray[np.float64]) -> float:

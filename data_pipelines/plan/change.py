@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines.plan.mixture import Phase
-from data_pipelines.plan.packer import Item
 from data_pipelines.plan.rows import fold, unfold
+from data_pipelines.plan.shelf import Item
 
 CHANGES_NAME = "data_changes.jsonl"  # in a stage's folder: the changes that a resume accepted, each with its new state
 

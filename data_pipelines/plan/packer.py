@@ -1,36 +1,18 @@
 """Which samples share a pack: oldest first, then best fit, from a pool of open samples.
 
 Enters: items with their tokens and patches, drawn as needed. Leaves: packs under both budgets. Costs about 1 µs a
-sample: the pool is kept sorted by length and searched by bisection.
+sample (`shelf`).
 
 Every pack begins with its pool's oldest item, so no sample waits for more packs than the pool holds items.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-ORDER_BITS = 44
-ARRIVAL = (1 << ORDER_BITS) - 1
-
-
-class Item(NamedTuple):
-    """A sample in the plan: where it is, in which of its source's epochs, and what it takes.
-
-    `patch_pairs` sums p^2 over its ViT segments of p patches; `task` numbers its kind where packs keep kinds apart.
-    """
-
-    source: int
-    shard: int
-    row: int
-    epoch: int
-    tokens: int
-    patches: int
-    patch_pairs: int = 0
-    task: int = 0
+from data_pipelines.plan.shelf import Item, Shelf
 
 
 class Packer(Protocol):
@@ -56,12 +38,15 @@ class PoolPacker:
         self, max_tokens: int, max_patches: int, pool_size: int, state: Mapping[str, Any] | None = None
     ) -> None:
         self._max_tokens, self._max_patches, self._pool_size = max_tokens, max_patches, pool_size
-        # Arrival number → item, in order of arrival; and (tokens, arrival) as one sortable integer.
-        self.items: dict[int, Item] = {}
-        self._ranked: list[int] = []
+        self._shelf = Shelf(max_tokens, max_patches)
         self._arrivals = 0
         for item in state["items"] if state else ():
             self.add(Item(*item))
+
+    @property
+    def items(self) -> Mapping[int, Item]:
+        """The open items by arrival number, oldest first."""
+        return self._shelf.items
 
     def waiting(self) -> Counter[int]:
         """Open items by source."""
@@ -74,37 +59,24 @@ class PoolPacker:
     def add(self, item: Item, arrival: int | None = None) -> None:
         """Open one item. `arrival` numbers rise; by default they count on."""
         number = self._arrivals if arrival is None else arrival
-        self.items[number] = item
-        insort(self._ranked, item.tokens << ORDER_BITS | number)
+        self._shelf.add(number, item)
         self._arrivals = number + 1
 
     def next_pack(self, source: Iterator[Item]) -> list[Item]:
         """The next pack, the oldest item first. `source` refills the pool after each."""
-        # Written out in one loop: this is the planner's inner loop, half of its time.
-        items, ranked = self.items, self._ranked
-        while len(items) < self._pool_size:
+        shelf = self._shelf
+        while len(shelf.items) < self._pool_size:
             self.add(next(source))
-        arrival = next(iter(items))
-        del ranked[bisect_left(ranked, items[arrival].tokens << ORDER_BITS | arrival)]
-        arrivals, tokens, patches = self._arrivals, self._max_tokens, self._max_patches
-        pack = []
-        while True:
-            item = items.pop(arrival)
+        pack, tokens, patches = list[Item](), self._max_tokens, self._max_patches
+        arrival = next(iter(shelf.items))
+        while arrival >= 0:
+            item = shelf.take(arrival)
             pack.append(item)
-            tokens -= item.tokens
-            patches -= item.patches
-            item = next(source)
-            items[arrivals] = item
-            insort(ranked, item.tokens << ORDER_BITS | arrivals)
-            arrivals += 1
-            # The longest item that fits the tokens left, then the next shorter until the patches fit too.
-            place = bisect_left(ranked, (tokens + 1) << ORDER_BITS) - 1
-            while place >= 0 and items[ranked[place] & ARRIVAL].patches > patches:
-                place -= 1
-            if place < 0:
-                self._arrivals = arrivals
-                return pack
-            arrival = ranked.pop(place) & ARRIVAL
+            tokens, patches = tokens - item.tokens, patches - item.patches
+            shelf.add(self._arrivals, next(source))  # not `add`: this is the planner's inner loop
+            self._arrivals += 1
+            arrival = shelf.best(tokens, patches)
+        return pack
 
     def drain_pack(self, aged: int) -> list[Item]:
         """The next pack of what the pool has: the oldest item, those that arrived before number `aged`, then best fit.
@@ -112,26 +84,18 @@ class PoolPacker:
         Best fit alone takes the longest that fit. In a pool that fills between its packs, not while they are made, the
         short ones would pile up and wait without an end.
         """
-        pack, tokens, patches = list[Item](), self._max_tokens, self._max_patches
-        for arrival, item in list(self.items.items()):
+        shelf, pack, tokens, patches = self._shelf, list[Item](), self._max_tokens, self._max_patches
+        for arrival, item in list(shelf.items.items()):
             if pack and arrival >= aged:
                 break
             if item.tokens <= tokens and item.patches <= patches:
-                del self._ranked[bisect_left(self._ranked, item.tokens << ORDER_BITS | arrival)]
-                pack.append(self.items.pop(arrival))
+                pack.append(shelf.take(arrival))
                 tokens, patches = tokens - item.tokens, patches - item.patches
-        while (place := self._best_fit(tokens, patches)) >= 0:
-            item = self.items.pop(self._ranked.pop(place) & ARRIVAL)
+        while (arrival := shelf.best(tokens, patches)) >= 0:
+            item = shelf.take(arrival)
             pack.append(item)
             tokens, patches = tokens - item.tokens, patches - item.patches
         return pack
-
-    def _best_fit(self, tokens: int, patches: int) -> int:
-        """The place of the longest item that fits; -1 where there is none."""
-        place = bisect_left(self._ranked, (tokens + 1) << ORDER_BITS) - 1
-        while place >= 0 and self.items[self._ranked[place] & ARRIVAL].patches > patches:
-            place -= 1
-        return place
 
 
 class TaskPacker:

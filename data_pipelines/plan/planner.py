@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from operator import length_hint
 from typing import Any
 
@@ -24,8 +25,9 @@ from data_pipelines.plan.balance import CostPacker, PackCost
 from data_pipelines.plan.lengths import sample_lengths
 from data_pipelines.plan.mixture import Mixture, Phase
 from data_pipelines.plan.order import SourceOrder
-from data_pipelines.plan.packer import Item, Packer, PoolPacker, SinglePacker, TaskPacker
+from data_pipelines.plan.packer import Packer, PoolPacker, SinglePacker, TaskPacker
 from data_pipelines.plan.rows import fold, unfold
+from data_pipelines.plan.shelf import Item
 from data_pipelines.samples import LedgerEvent
 from data_pipelines.shards.names import public_name
 
@@ -232,9 +234,9 @@ class _Cursor:
         usable = lengths.tokens > 0
         rows = block.rows[usable].tolist()
         columns = (lengths.tokens, lengths.patches, lengths.patch_pairs)
-        counts = zip(*(column[usable].tolist() for column in columns), self._task_numbers(table, rows), strict=True)
-        number, shard, epoch = self._number, block.shard, block.epoch
-        items = [Item(number, shard, row, epoch, *count) for row, count in zip(rows, counts, strict=True)]
+        counts = (column[usable].tolist() for column in columns)
+        places = repeat(self._number), repeat(block.shard), rows, repeat(block.epoch)
+        items = list(map(Item._make, zip(*places, *counts, self._task_numbers(table, rows), strict=False)))
         self._size, self.items = len(items), iter(items)
         return self._size
 

@@ -28,9 +28,9 @@ from data_pipelines.index.streamed import StreamedFacts
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.plan.mixture import Mixture, mixture_phases
 from data_pipelines.plan.order import hash_key, permutation
-from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack, new_packer
 from data_pipelines.plan.progress import Done, Ended, Progress
+from data_pipelines.plan.shelf import Item
 from data_pipelines.samples import LedgerEvent, Media, Record
 from data_pipelines.shards.sample_file import SampleFile
 from data_pipelines.shards.stream import RawSample, stream_samples

@@ -21,8 +21,8 @@ from data_pipelines.config import DataConfig
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.pack.read import PackReader
 from data_pipelines.plan.lengths import sample_lengths
-from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack
+from data_pipelines.plan.shelf import Item
 from data_pipelines.processes import map_in_processes
 from data_pipelines.report.documents import DocumentWriter, Origin
 from data_pipelines.report.survey import Survey

@@ -9,7 +9,8 @@ import pytest
 from test_packer import best_fit_decreasing
 
 from data_pipelines.plan.balance import CostPacker, PackCost, imbalance, order_by_cost
-from data_pipelines.plan.packer import Item, PoolPacker
+from data_pipelines.plan.packer import PoolPacker
+from data_pipelines.plan.shelf import Item
 
 
 def pack(number, *tokens):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.plan.packer import Item, PoolPacker, TaskPacker
+from data_pipelines.plan.packer import PoolPacker, TaskPacker
 from data_pipelines.plan.rows import fold, unfold
+from data_pipelines.plan.shelf import Item
 
 
 def items(lengths, patches=None):

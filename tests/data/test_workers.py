@@ -13,8 +13,8 @@ from data_pipelines.errors import ShardError
 from data_pipelines.pack.collate import collate
 from data_pipelines.pack.slots import packs_ahead, slot_bytes
 from data_pipelines.pack.workers import WorkerPool
-from data_pipelines.plan.packer import Item
 from data_pipelines.plan.planner import Pack
+from data_pipelines.plan.shelf import Item
 from data_pipelines.samples import Encoded, LedgerEvent
 
 SPECIAL = SimpleNamespace(endoftext=0, image_pad=8, video_pad=9)
