@@ -49,7 +49,9 @@ def mixture_phases(
     if all(counted):
         scale = [(source.epochs or 0.0) * size for source, size in zip(sources, sizes(), strict=True)]
     elif temperature is not None:
-        scale = [size ** (1 / temperature) for size in sizes()]
+        counts = sizes()
+        largest = max(counts, default=0)  # relative to it: powers of the counts themselves overflow at low temperatures
+        scale = [(size / largest) ** (1 / temperature) if largest else 0.0 for size in counts]
     phases = []
     for start in sorted({0.0, *(tokens for source in sources for tokens, _ in source.schedule)}):
         weights = [
@@ -86,16 +88,17 @@ class Mixture:
         total = math.fsum(weights)
         self._shares = [weight / total for weight in weights]
 
-    def make_up_for(self, waiting: Mapping[int, int]) -> None:
-        """Lead by how much more of a source waits for a pack than its share of what waits (source → samples)."""
-        total = sum(waiting.values())
+    def make_up_for(self, waiting: Mapping[int, int]) -> bool:
+        """Lead by how much more of a source waits for a pack than its share of what waits (source → samples).
+
+        Whether the leads changed: then the draws need a new iterator.
+        """
+        before, total = self.leads, sum(waiting.values())
         self.leads = [_LEAD * (waiting.get(number, 0) - share * total) for number, share in enumerate(self._shares)]
+        return self.leads != before
 
     def draws(self) -> Iterator[int]:
-        """The numbers of the sources that give the next samples; `drawn` counts what was taken from the iterator.
-
-        After `make_up_for`, begin a new one.
-        """
+        """The numbers of the sources that give the next samples; `drawn` counts what was taken from the iterator."""
         drawn = self.drawn
         while True:
             for number in self._next_chunk().tolist():

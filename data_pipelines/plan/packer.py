@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any, Protocol
 
 from data_pipelines.plan.shelf import Item, Shelf
@@ -85,12 +86,14 @@ class PoolPacker:
         short ones would pile up and wait without an end.
         """
         shelf, pack, tokens, patches = self._shelf, list[Item](), self._max_tokens, self._max_patches
-        for arrival, item in list(shelf.items.items()):
-            if pack and arrival >= aged:
-                break
+        first = list(takewhile(lambda arrival: arrival < aged, shelf.items)) or [next(iter(shelf.items))]
+        for arrival in first:
+            item = shelf.items[arrival]
             if item.tokens <= tokens and item.patches <= patches:
                 pack.append(shelf.take(arrival))
                 tokens, patches = tokens - item.tokens, patches - item.patches
+                if shelf.best(tokens, patches) < 0:
+                    break
         while (arrival := shelf.best(tokens, patches)) >= 0:
             item = shelf.take(arrival)
             pack.append(item)
@@ -102,7 +105,7 @@ class TaskPacker:
     """Packs of one task kind each: a pool per kind, and the kind whose pool is ready gives the next pack.
 
     A pool is ready with `pool_size` items and 1.5 packs' worth of tokens. A rare kind's pool that has not got
-    so far after 64 x `pool_size` drawn samples gives what it has, so that no sample waits for ever; in a pack that is
+    so far gives what it has as soon as its oldest sample has waited for 64 x `pool_size` drawn ones; in a pack that is
     made anyway, those that waited for 8 x `pool_size` go first.
     """
 
@@ -113,7 +116,8 @@ class TaskPacker:
         self._ready_items, self._ready_tokens = pool_size, max_tokens + max_tokens // 2
         self._aged, self._patience = 8 * pool_size, 64 * pool_size
         self._pools: dict[int, PoolPacker] = {}
-        self._held: dict[int, int] = {}
+        self._held: dict[int, int] = {}  # tokens by kind
+        self._waiting = Counter[int]()
         open_items = state["items"] if state else []
         self._drawn = open_items[0][0] if open_items else 0
         for age, *item in open_items:
@@ -121,7 +125,7 @@ class TaskPacker:
 
     def waiting(self) -> Counter[int]:
         """Open items by source."""
-        return sum((pool.waiting() for pool in self._pools.values()), Counter[int]())
+        return self._waiting
 
     def state(self) -> dict[str, Any]:
         """The open items by age in drawn samples: [age, *item], oldest first."""
@@ -129,29 +133,30 @@ class TaskPacker:
         return {"items": [[self._drawn - arrival, *item] for arrival, item in sorted(open_items)]}
 
     def next_pack(self, source: Iterator[Item]) -> list[Item]:
-        """The next pack, of the kind that waited too long, else of the first kind that gets ready."""
-        task = self._overdue()
-        while task is None:
+        """The next pack, of the kind whose oldest sample waited too long, else of the first kind that gets ready."""
+        task = self._draw_until_ready(source)
+        pack = self._pools[task].drain_pack(aged=self._drawn - self._aged)
+        self._held[task] -= sum(item.tokens for item in pack)
+        self._waiting.subtract(item.source for item in pack)
+        return pack
+
+    def _draw_until_ready(self, source: Iterator[Item]) -> int:
+        oldest = min((next(iter(pool.items)) for pool in self._pools.values() if pool.items), default=self._drawn)
+        while self._drawn - oldest < self._patience:
             item = next(source)
             self._add(item, self._drawn)
             self._drawn += 1
             held = self._held[item.task]
             if held >= self._ready_tokens and len(self._pools[item.task].items) >= self._ready_items:
-                task = item.task
-        pack = self._pools[task].drain_pack(aged=self._drawn - self._aged)
-        self._held[task] -= sum(item.tokens for item in pack)
-        return pack
-
-    def _overdue(self) -> int | None:
-        oldest = [(next(iter(pool.items)), task) for task, pool in self._pools.items() if pool.items]
-        arrival, task = min(oldest, default=(self._drawn, 0))
-        return task if self._drawn - arrival > self._patience else None
+                return item.task
+        return next(task for task, pool in self._pools.items() if oldest in pool.items)
 
     def _add(self, item: Item, arrival: int) -> None:
         if item.task not in self._pools:
             self._pools[item.task], self._held[item.task] = PoolPacker(*self._budgets), 0
         self._pools[item.task].add(item, arrival)
         self._held[item.task] += item.tokens
+        self._waiting[item.source] += 1
 
 
 class SinglePacker:
