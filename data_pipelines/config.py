@@ -13,6 +13,7 @@ Positions = Literal["mrope", "1d"]
 # What one record, and one picture or clip as stored, may take: refused before it is read, wherever it lies.
 MAX_RECORD_BYTES = 64 << 20
 MAX_MEDIA_BYTES = 1 << 30
+MAX_POOL = 4096  # open samples: their state stays under 64 KB
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class MediaConfig:
     """Pixel and frame budgets. Pixels count one resized frame; a token is 28 x 28 pixels.
 
     `max_media_tokens` is the hard limit for all media of a sample (the paper: 16,384 per video); a sample's media get
-    at most min(max_media_tokens, max_tokens - its other tokens), shared among them.
+    at most min(max_media_tokens, a pack's max_patches / 4, max_tokens - its other tokens), shared among them.
     `max_source_pixels` and `max_source_bytes` are checked from headers before anything is decoded.
     """
 
@@ -36,6 +37,16 @@ class MediaConfig:
     max_source_bytes: int = MAX_MEDIA_BYTES
     video_backend: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
     decode_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        token = 28 * 28
+        least = {"min_pixels": 0, "max_pixels": token, "video_min_pixels": 0, "video_max_pixels": token}
+        for name, low in {**least, "min_frames": 0, "max_frames": 1, "max_media_tokens": 1}.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least {low}")
+        for name in ("fps", "decode_timeout_s", "max_source_pixels", "max_source_bytes"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name}={getattr(self, name)}: must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,10 @@ class PlanConfig:
         for name in ("max_tokens", "max_patches", "pool_size", "block_size", "window_shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_patches < 4:
+            raise UserError(f"max_patches={self.max_patches}: a token of a picture takes 4")
+        if self.pool_size > MAX_POOL:
+            raise UserError(f"pool_size={self.pool_size}: at most {MAX_POOL}, since every checkpoint keeps the pool")
         if self.size_temperature is not None and not self.size_temperature > 0:
             raise UserError(f"size_temperature={self.size_temperature}: must be above 0, or null")
 

@@ -12,7 +12,8 @@ A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,7 @@ from data_pipelines.pack.slots import packs_ahead, slot_bytes
 from data_pipelines.pack.workers import MakeReader, NameSample, NameShards, WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
-from data_pipelines.plan.lengths import count_usable
+from data_pipelines.plan.lengths import count_usable, fit_of_some
 from data_pipelines.plan.mixture import mixture_phases, shares_at
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.samples import PackedBatch
@@ -36,10 +37,12 @@ from data_pipelines.shards.names import public_name
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 SOURCE = "source "
 _ORDER = "order of the sources"
 _SHOWN_SHARDS = 4
+# Settings of media that decide no count: how bytes become pixels, and which are refused.
+_DECODING = ("video_backend", "decode_timeout_s", "max_source_bytes", "max_source_pixels")
 
 
 def open_sources(
@@ -88,6 +91,28 @@ def _check_error_rate(source: SourceIndex, limit: float) -> None:
         )
 
 
+def check_fit(sources: Sequence[SourceIndex], config: DataConfig) -> None:
+    """Refuse a source of which nothing fits a pack, or (of 100 samples or more) less than its `max_error_rate` allows.
+
+    Of large sources some 16,000 samples are looked at, spread over a few shards: under 20 ms.
+
+    Raises:
+        ShardError: with what would make an example fit.
+    """
+    for source in sources:
+        looked_at, events = fit_of_some(source, config.media, config.plan)
+        reasons = Counter(event.reason for event in events)
+        lost, limit = len(events), config.sources[source.name].max_error_rate
+        if lost and (lost == looked_at or (looked_at >= 100 and lost > limit * looked_at)):
+            listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
+            raise ShardError(
+                source.name,
+                "error_budget",
+                f"{lost} of {looked_at} samples looked at fit no pack, over max_error_rate {limit}: {listed}. For "
+                f"example {events[0].key}: {events[0].message}; or raise the source's max_error_rate",
+            )
+
+
 class PackLoader:
     """This rank's packs, step after step, without end. Use it once per process; `close()` ends its processes.
 
@@ -112,6 +137,7 @@ class PackLoader:
         self._packs_per_step, self._rank, self._world, self._seed = packs_per_step, rank, world, seed
         self._cost = cost
         self._sources = open_sources(config, tokenizer)
+        check_fit(self._sources, config)
         self._planner = self._new_planner()
         self._state = self._planner.state_dict()
         self._plan: PlanProcess | None = None
@@ -271,8 +297,8 @@ def identity_of(
         "reader": None if config.reader == "index" else config.reader,  # absent in states of runs without it
         "vision_ids": config.vision_ids or None,  # likewise
         "tokenizer": tokenizer.fingerprint,
-        "media": repr(config.media),
-        "plan": repr(config.plan),
+        **{f"media.{name}": value for name, value in asdict(config.media).items() if name not in _DECODING},
+        **{f"plan.{name}": value for name, value in asdict(config.plan).items()},
         "cost": repr(cost) if config.plan.packing == "balanced" else None,
         **{f"{SOURCE}{name}": [*facts, repr(mixture[name])] for name, facts in sources.items()},
     }

@@ -5,8 +5,9 @@ The planner (which packs samples on lengths alone) and the encoder (which makes 
 function, so plan and pixels cannot disagree. Pure integer and float64 arithmetic: the same on every machine.
 
 1. Each item gets its natural size: `smart_resize` within its pixel limits; a clip also its number of frames.
-2. If the items together exceed min(max_media_tokens, max_tokens - text tokens), all shrink by one common factor on
-   pixels; where even one token per frame pair is too much, clips lose frames. Nothing is ever cut.
+2. If the items together exceed what the sample may have (`max_media_tokens`, the patches of a pack, the tokens that the
+   text leaves), all shrink by one common factor on pixels; where even one token per frame pair is too much, clips lose
+   frames. Nothing is ever cut.
 
 A token is 28 x 28 pixels; a clip's token covers two frames. Cost: about 2 us for a sample with one image, 30 us per
 item for a sample that must shrink.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from data_pipelines.config import MediaConfig
 from data_pipelines.errors import BudgetError, MediaError
@@ -23,6 +25,7 @@ from data_pipelines.samples import Media, MediaPlan, MediaRef
 
 TOKEN_SIDE = 28
 TOKEN_PIXELS = TOKEN_SIDE * TOKEN_SIDE
+PATCHES_PER_TOKEN = 4
 MAX_ASPECT = 200
 _SCALE_STEPS = 4096  # resolution of the search for the common factor: 0.02% of the pixels
 
@@ -57,6 +60,11 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     return rows * TOKEN_SIDE, columns * TOKEN_SIDE
 
 
+def within_patches(config: MediaConfig, max_patches: int) -> MediaConfig:
+    """`config` where a sample's media must fit into a pack of `max_patches`, too: for the planner and the encoder."""
+    return replace(config, max_media_tokens=min(config.max_media_tokens, max_patches // PATCHES_PER_TOKEN))
+
+
 def plan_media(
     medias: Sequence[tuple[Media, MediaRef]], text_tokens: int, config: MediaConfig, max_tokens: int, key: str
 ) -> tuple[MediaPlan, ...]:
@@ -89,7 +97,8 @@ def _what_fits(text_tokens: int, num_media: int, media_tokens: int, config: Medi
     """Why a sample does not fit, and the smallest limits with which it does."""
     least, whole = text_tokens + num_media, text_tokens + media_tokens  # a token each, or as they are
     needs = [f"max_tokens={least}"] if least > max_tokens else []
-    needs += [f"max_media_tokens={num_media}"] if num_media > config.max_media_tokens else []
+    media_limits = f"max_media_tokens={num_media} (and max_patches of {PATCHES_PER_TOKEN * num_media} at least)"
+    needs += [media_limits] if num_media > config.max_media_tokens else []
     shrunk = ""
     if least < whole:
         larger = f" and max_media_tokens={media_tokens}" if media_tokens > config.max_media_tokens else ""

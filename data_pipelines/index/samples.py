@@ -65,12 +65,8 @@ class ShardIndex:
         """The sample's key in its shard."""
         return self.columns.text("key", row)
 
-    def task(self, row: int) -> str:
-        """The kind of the sample ("caption", "chat", ...)."""
-        return self.task_name(int(self.arrays["task"][row]))
-
     def task_name(self, number: int) -> str:
-        """The kind that the column `task` holds as `number`."""
+        """The kind of sample ("caption", "chat", ...) that the column `task` holds as `number`."""
         return self._tasks[number]
 
     def members(self, row: int) -> dict[str, Member]:

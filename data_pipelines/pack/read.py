@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from data_pipelines.config import DataConfig
 from data_pipelines.decode.clip_cache import open_clip_cache
+from data_pipelines.encode.budget import within_patches
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError, PlanMismatch
 from data_pipelines.pack.collate import collate
@@ -64,8 +65,9 @@ class PackReader(Dataset[PackedBatch]):
         self._max_tokens = config.plan.max_tokens
         self._one_dimensional = config.positions == "1d"
         cache = open_clip_cache(config.loader)
+        media = within_patches(config.media, config.plan.max_patches)
         self._encoder = SampleEncoder(
-            tokenizer, config.template, config.media, config.plan.max_tokens, config.vision_ids, cache
+            tokenizer, config.template, media, config.plan.max_tokens, config.vision_ids, cache
         )
 
     def __getitem__(self, pack: Pack) -> PackedBatch:

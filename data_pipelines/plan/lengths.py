@@ -6,22 +6,27 @@ packed. Costs about 0.5 µs a sample, and 20 µs for one whose media must shrink
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.config import MediaConfig, PlanConfig
-from data_pipelines.encode.budget import MAX_ASPECT, TOKEN_PIXELS, TOKEN_SIDE, plan_media
+from data_pipelines.encode.budget import (
+    MAX_ASPECT,
+    PATCHES_PER_TOKEN,
+    TOKEN_PIXELS,
+    TOKEN_SIDE,
+    plan_media,
+    within_patches,
+)
 from data_pipelines.errors import DataError
 from data_pipelines.index.source import ShardTable, SourceIndex
-from data_pipelines.samples import LedgerEvent, Media, MediaRef
+from data_pipelines.samples import LedgerEvent
 
 IntArray = npt.NDArray[np.int64]
-PATCHES_PER_TOKEN = 4
-_PATCH_PIXELS = TOKEN_PIXELS // PATCHES_PER_TOKEN
 _COUNTED_SAMPLES = 1_000_000
+_TRIED_SHARDS, _TRIED_SAMPLES = 16, 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +43,10 @@ def sample_lengths(
 ) -> tuple[Lengths, list[LedgerEvent]]:
     """The lengths of `rows`, and what cannot be packed.
 
-    Samples whose text could not be counted are among the table's problems; the events tell of those that do not fit
-    `plan.max_tokens` or `plan.max_patches`, and what would make them fit.
+    Samples whose text could not be counted are among the table's problems; the events tell of those that do not fit a
+    pack with their media shrunk, and what would make them fit.
     """
+    media = within_patches(media, plan.max_patches)
     text = table.text_tokens[rows].astype(np.int64)
     # The encoder shortens plain text at its end rather than lose it; every other sample is kept whole or left out.
     text = np.where(table.truncatable[rows] == 1, np.minimum(text, plan.max_tokens), text)
@@ -60,13 +66,7 @@ def sample_lengths(
         media_tokens[i] = sum(item.num_tokens for item in plans)
         pairs[i] = sum(t * (h * w) ** 2 for t, h, w in (item.grid_thw for item in plans))
     tokens = np.where(usable, text + media_tokens, -1)
-    patches = np.where(usable, PATCHES_PER_TOKEN * media_tokens, 0)
-    for i in np.flatnonzero(patches > plan.max_patches):
-        row = int(rows[i])
-        message = _what_fits(table.index.media(row), int(text[i]), int(patches[i]), media, plan)
-        events.append(LedgerEvent(source, table.index.key(row), "too_many_patches", message, indexed=True))
-        tokens[i] = -1
-    return Lengths(tokens, patches, pairs), events
+    return Lengths(tokens, np.where(usable, PATCHES_PER_TOKEN * media_tokens, 0), pairs), events
 
 
 def count_usable(source: SourceIndex, media: MediaConfig, plan: PlanConfig) -> int:
@@ -79,6 +79,22 @@ def count_usable(source: SourceIndex, media: MediaConfig, plan: PlanConfig) -> i
         if counted >= _COUNTED_SAMPLES:
             break
     return round(usable * source.num_samples / max(1, counted))
+
+
+def fit_of_some(source: SourceIndex, media: MediaConfig, plan: PlanConfig) -> tuple[int, list[LedgerEvent]]:
+    """How many of a source's countable samples were looked at, and what fits no pack of them.
+
+    All of a source of up to 16 shards and 16,384 samples; of a larger one every so manieth, in shards evenly spaced.
+    """
+    looked_at, events = 0, list[LedgerEvent]()
+    for shard in np.unique(np.linspace(0, source.num_shards - 1, _TRIED_SHARDS).astype(int)).tolist():
+        table = source.table(shard)
+        size = table.index.num_samples
+        rows = np.arange(0, size, max(1, -(-size * min(source.num_shards, _TRIED_SHARDS) // _TRIED_SAMPLES)))
+        rows = rows[table.text_tokens[rows] >= 0]
+        _, unfit = sample_lengths(source.name, table, rows, media, plan)
+        looked_at, events = looked_at + len(rows), events + unfit
+    return looked_at, events
 
 
 def _natural_sums(table: ShardTable, rows: IntArray, media: MediaConfig) -> tuple[IntArray, IntArray]:
@@ -145,23 +161,3 @@ def _temporal_steps(table: ShardTable, item: IntArray, media: MediaConfig) -> In
 def _countdown(count: IntArray) -> IntArray:
     """n-1..0 for each n of `count`, end to end: [2, 3] gives 1 0 2 1 0."""
     return np.repeat(np.cumsum(count), count) - 1 - np.arange(int(count.sum()))
-
-
-def _what_fits(
-    medias: Sequence[tuple[Media, MediaRef]], text: int, patches: int, media: MediaConfig, plan: PlanConfig
-) -> str:
-    """Why the patches of a sample within `max_tokens` do not fit, and the limits with which they do.
-
-    An area of `max_pixels` has at most max_pixels / 196 patches, in each pair of frames of a clip.
-    """
-    message = f"{patches} patches do not fit max_patches={plan.max_patches}: it needs max_patches={patches}"
-    steps = sum(item.grid_thw[0] for item in plan_media(medias, text, media, plan.max_tokens, ""))
-    pixels = max(TOKEN_PIXELS, plan.max_patches * _PATCH_PIXELS // steps)
-    low, video_low = min(media.min_pixels, pixels), min(media.video_min_pixels, pixels)
-    video = min(media.video_max_pixels, pixels)
-    less = replace(media, min_pixels=low, max_pixels=pixels, video_min_pixels=video_low, video_max_pixels=video)
-    shrunk = sum(PATCHES_PER_TOKEN * item.num_tokens for item in plan_media(medias, text, less, plan.max_tokens, ""))
-    if shrunk > plan.max_patches:  # its parts have limits of their own
-        return f"{message}, or smaller media"
-    clips = f" and media.video_max_pixels={video}" if any(item.kind == "video" for item, _ in medias) else ""
-    return f"{message}, or media.max_pixels={pixels}{clips}"

@@ -18,6 +18,8 @@ from itertools import repeat
 from operator import length_hint
 from typing import Any
 
+import numpy as np
+
 from data_pipelines.config import MediaConfig, PlanConfig
 from data_pipelines.errors import ShardError, UserError
 from data_pipelines.index.source import ShardTable, SourceIndex
@@ -83,8 +85,7 @@ class Planner:
         if self._phase + 1 < len(self.phases) and self.tokens >= self.phases[self._phase + 1].from_tokens:
             self._phase += 1
             self._count_anew()
-        elif self.number % _PACKS_PER_LOOK == 0:
-            self._mixture.make_up_for(self._packer.waiting())
+        elif self.number % _PACKS_PER_LOOK == 0 and self._mixture.make_up_for(self._packer.waiting()):
             self._items = self._draw_items()
         items = self._packer.next_pack(self._items)
         events, self._shared.events[:] = tuple(self._shared.events), []
@@ -107,7 +108,11 @@ class Planner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken: the same sources, budgets and seed are the caller's to check."""
+        """Go on where `state` was taken: the same sources, budgets and seed are the caller's to check.
+
+        Raises:
+            UserError: samples take something else than when they were planned: another version counted them.
+        """
         self.number, self.tokens, self._phase = state["number"], state["tokens"], state["phase"]
         self._mixture = Mixture(self.phases[self._phase].weights, state["drawn"], state["leads"])
         if self._shared.tasks is not None:
@@ -115,9 +120,19 @@ class Planner:
             self._shared.tasks.update({task: number for number, task in enumerate(state["tasks"])})
         for cursor, place in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(place)
+        pool = _unfolded(state["pool"])
+        self._check_counts([Item(*row[-len(Item._fields) :]) for row in pool.get("items", ())])
         self._shared.events.clear()  # told when the blocks were opened first
         self._items = self._draw_items()
-        self._packer = new_packer(self._plan, _unfolded(state["pool"]), self._cost)
+        self._packer = new_packer(self._plan, pool, self._cost)
+
+    def _check_counts(self, waiting: Sequence[Item]) -> None:
+        """Measure the samples that wait for a pack again: the state holds what they took."""
+        places: dict[tuple[int, int], list[Item]] = {}
+        for item in waiting:
+            places.setdefault((item.source, item.shard), []).append(item)
+        for (source, shard), items in places.items():
+            self._cursors[source].check_counts(shard, items)
 
     def _count_anew(self) -> None:
         """Shares of other weights: what waits counts as drawn, so that the packs from here on have them."""
@@ -217,9 +232,21 @@ class _Cursor:
         self._order.place = self._place = (epoch, window, block)
         self._size, self.items = None, iter(())
         if state["next"] is not None:
-            self._open_block()
+            if self._open_block() < state["next"]:
+                raise self._counted_otherwise(f"a block has {self._size} usable samples, not {state['next']} or more")
             for _ in range(state["next"]):
                 next(self.items)
+
+    def check_counts(self, shard: int, items: Sequence[Item]) -> None:
+        """Refuse `items` of a shard that take something else now than when they were drawn."""
+        table, rows = self._source.table(shard), np.array([item.row for item in items])
+        lengths, _ = sample_lengths(self._source.name, table, rows, self._media, self._plan)
+        for item, tokens, patches in zip(items, lengths.tokens.tolist(), lengths.patches.tolist(), strict=True):
+            if (tokens, patches) != (item.tokens, item.patches):
+                raise self._counted_otherwise(
+                    f"{table.index.key(item.row)} takes {tokens} tokens and {patches} patches, not {item.tokens} and "
+                    f"{item.patches}"
+                )
 
     def _open_block(self) -> int:
         """Make the next block's usable samples the `items`; their number."""
@@ -244,7 +271,9 @@ class _Cursor:
         tasks = self._tasks
         if tasks is None:
             return [0] * len(rows)
-        return [tasks.setdefault(table.index.task(row), len(tasks)) for row in rows]
+        index, kinds = table.index, table.index.arrays["task"][rows].tolist()
+        numbers = {kind: tasks.setdefault(index.task_name(kind), len(tasks)) for kind in dict.fromkeys(kinds)}
+        return [numbers[kind] for kind in kinds]
 
     def _shard_size(self, shard: int) -> int:
         return self._source.table(shard).index.num_samples
@@ -259,6 +288,12 @@ class _Cursor:
                 message = f"{count} more samples, not listed one by one"
                 key = public_name(self._source.shards[shard])
                 self._events.append(LedgerEvent(name, key, reason, message, indexed=True, num_samples=count))
+
+    def _counted_otherwise(self, what: str) -> UserError:
+        return UserError(
+            f"source {self._source.name!r}: {what} as the plan's state says, which another version of this program "
+            "wrote: finish the stage with that one, or start it anew (resume=none)"
+        )
 
     def _nothing_usable(self) -> ShardError:
         reasons = Counter[str]()

@@ -21,8 +21,9 @@ from typing import Any
 
 from data_pipelines.config import DataConfig
 from data_pipelines.decode.video import ClipDecoder
+from data_pipelines.encode.budget import within_patches
 from data_pipelines.encode.sample import SampleEncoder
-from data_pipelines.errors import BudgetError, DataError, ShardError, UserError
+from data_pipelines.errors import DataError, ShardError, UserError
 from data_pipelines.index.read import probe_media, read_member, read_record, with_media
 from data_pipelines.index.streamed import StreamedFacts
 from data_pipelines.plan.balance import PackCost
@@ -208,9 +209,8 @@ class StreamPlanner:
         self._phase = -1
         self._number = 0
         self._packer = new_packer(config.plan, None, cost)
-        self._encoder = SampleEncoder(
-            tokenizer, config.template, config.media, config.plan.max_tokens, config.vision_ids
-        )
+        media = within_patches(config.media, config.plan.max_patches)
+        self._encoder = SampleEncoder(tokenizer, config.template, media, config.plan.max_tokens, config.vision_ids)
         self._clips = ClipDecoder(config.media.video_backend, config.media.decode_timeout_s)
         self._tasks: dict[str, int] = {}
         self._samples: dict[tuple[int, int, int, int], CountedSample] = {}
@@ -266,16 +266,9 @@ class StreamPlanner:
         record = with_media(record, facts)
         opened.facts.add(record)
         counts = self._encoder.count(record)
-        plan = self._config.plan
-        if counts.num_tokens > plan.max_tokens or counts.num_patches > plan.max_patches:
-            raise BudgetError(
-                raw.key,
-                "too_long",
-                f"{counts.num_tokens} tokens and {counts.num_patches} patches do not fit a pack of max_tokens="
-                f"{plan.max_tokens} and max_patches={plan.max_patches}: raise them or lower media.max_pixels",
-            )
         pairs = sum(t * (h * w) ** 2 for t, h, w in (media.grid_thw for media in counts.plans))
-        task = self._tasks.setdefault(record.task, len(self._tasks)) if plan.packing == "task" else 0
+        by_task = self._config.plan.packing == "task"
+        task = self._tasks.setdefault(record.task, len(self._tasks)) if by_task else 0
         place = (number, opened.shard, opened.rows - 1, opened.epoch)
         self._samples[place] = CountedSample(raw, facts)
         return Item(*place, counts.num_tokens, counts.num_patches, pairs, task)

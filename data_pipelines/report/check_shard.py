@@ -18,7 +18,7 @@ from data_pipelines.config import MediaConfig, PlanConfig, RemoteConfig, Templat
 from data_pipelines.decode.image import decode_image, probe_image
 from data_pipelines.decode.members import media_kind
 from data_pipelines.decode.video import ClipDecoder
-from data_pipelines.encode.budget import plan_media
+from data_pipelines.encode.budget import plan_media, within_patches
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError, MediaError, ShardError
 from data_pipelines.index.layout import measure_sample, read_sample, scan_shard
@@ -64,6 +64,11 @@ class CheckSettings:
     tokenizer: str | None = None
     read_frames: bool = True
     remote: RemoteConfig = REMOTE_DEFAULTS
+
+    @property
+    def media_limits(self) -> MediaConfig:
+        """`media` in a pack of `plan`."""
+        return within_patches(self.media, self.plan.max_patches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +170,7 @@ class PartChecker:
 
     def _check_media(self, record: Record, ref: MediaRef, data: bytes) -> Media:
         """Open and decode one member; its facts as training takes them (the record's, where it states them)."""
-        key, limits = record.key, self._settings.media
+        key, limits = record.key, self._settings.media_limits
         if len(data) > limits.max_source_bytes:
             message = f"{ref.name} has {len(data)} bytes, over max_source_bytes={limits.max_source_bytes}"
             raise MediaError(key, "too_many_bytes", message)
@@ -199,7 +204,7 @@ class PartChecker:
                 if self._encoder is None:
                     tokenizer, settings = TextTokenizer(self._settings.tokenizer), self._settings
                     self._encoder = SampleEncoder(
-                        tokenizer, settings.template, settings.media, settings.plan.max_tokens
+                        tokenizer, settings.template, settings.media_limits, settings.plan.max_tokens
                     )
                 self._encoder.count(record)
         except DataError as error:

@@ -21,6 +21,7 @@ from data_pipelines.config import DataConfig, RemoteConfig
 from data_pipelines.decode.image import decode_image
 from data_pipelines.decode.video import read_clip
 from data_pipelines.encode.boxes import parse_boxes
+from data_pipelines.encode.budget import within_patches
 from data_pipelines.encode.chat import tokenize_prompt
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError
@@ -92,7 +93,8 @@ def evaluate(
     at = [] if at is None else at
     tokenizer = TextTokenizer(model_folder)
     model = open_model(model_folder, world.device)
-    encoder = SampleEncoder(tokenizer, data.template, data.media, data.plan.max_tokens, data.vision_ids)
+    media = within_patches(data.media, data.plan.max_patches)
+    encoder = SampleEncoder(tokenizer, data.template, media, data.plan.max_tokens, data.vision_ids)
     report = Report({}, {}, [])
     for number, (task, shards) in enumerate(heldout.items()):
         source = _open_source(encoder, task, shards, data.remote)

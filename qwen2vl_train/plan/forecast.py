@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.index.progress import Progress
-from data_pipelines.loader import open_sources
+from data_pipelines.loader import check_fit, open_sources
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.compose import NOT_GIVEN
 from qwen2vl_train.config import ConfigError, RunConfig, ScheduleConfig
@@ -117,6 +117,7 @@ def forecast(
         steps = stage.steps or math.ceil(stage.tokens / (stage.packs_per_step * stage.data.plan.max_tokens))
         if tokenizer is not None and no_data is None:
             sources = open_sources(stage.data, tokenizer, progress=progress)
+            check_fit(sources, stage.data)
             rehearsal = rehearse(stage, config, sources, ranks, run.seed, max_packs)
             steps = stage.steps or rehearsal.stage_steps
             if hardware.peak_flops is not None:

@@ -65,6 +65,20 @@ def test_balanced_packs_vary_less_in_cost_and_stay_full():
     assert fill["cost"] > 0.99
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e6])
+def test_balance_does_not_depend_on_the_unit_of_cost(unit):
+    """Counted in whole millions, costs in seconds were all nought and nothing was balanced."""
+    rng = np.random.default_rng(2)
+    sizes = zip(rng.integers(1, 400, 3000).tolist(), rng.integers(0, 900, 3000).tolist(), strict=True)
+    samples = [Item(0, 0, row, 0, n, p, p * p) for row, (n, p) in enumerate(sizes)]
+    packs = []
+    for scale in (1.0, unit):
+        packer = CostPacker(1000, 3000, 32, PackCost(1e6 * scale, 1e3 * scale, 2e6 * scale, 1e3 * scale))
+        source = iter(samples)
+        packs.append([packer.next_pack(source) for _ in range(100)])
+    assert packs[0] == packs[1]
+
+
 def test_a_balanced_pool_that_is_put_back_packs_the_same():
     rng = np.random.default_rng(1)
     sizes = zip(rng.integers(1, 400, 6000).tolist(), rng.integers(0, 900, 6000).tolist(), strict=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.config import MediaConfig, PlanConfig
-from data_pipelines.encode.budget import plan_media
+from data_pipelines.encode.budget import plan_media, within_patches
 from data_pipelines.errors import DataError
 from data_pipelines.index.samples import IndexRow, ShardIndex, index_columns
 from data_pipelines.index.source import ShardTable
@@ -50,13 +50,13 @@ def test_planned_lengths_are_the_encoders_for_every_sample(seed):
     refused = {event.key for event in events}
     for i, row in enumerate(rows):
         try:
-            plans = plan_media(samples[row], int(text[row]), media, plan.max_tokens, str(row))
+            limits = within_patches(media, plan.max_patches)
+            plans = plan_media(samples[row], int(text[row]), limits, plan.max_tokens, str(row))
             expected = int(text[row]) + sum(item.num_tokens for item in plans)
             patches = sum(item.num_patches for item in plans)
         except DataError:
             expected, patches = -1, 0
-        if patches > plan.max_patches:
-            expected = -1
+        assert patches <= plan.max_patches
         assert int(lengths.tokens[i]) == expected, samples[row]
         assert (str(row) in refused) == (expected < 0)
         if expected > 0:
@@ -106,19 +106,15 @@ def test_what_a_too_long_sample_needs_is_enough_and_no_less_is(num_media):
 
 def test_too_many_media_for_their_own_limit_name_it():
     _, (event,) = lengths_of([picture(280, 280)] * 3, 10, MediaConfig(max_media_tokens=2), PlanConfig(max_tokens=100))
-    assert "it needs max_media_tokens=3 with" in event.message
+    assert "it needs max_media_tokens=3 (and max_patches of 12 at least) with" in event.message
 
 
-def test_what_a_sample_of_too_many_patches_needs_is_enough():
+def test_media_shrink_to_the_patches_of_a_pack():
     """1120 x 1120 pixels are 1600 tokens, 6400 patches."""
     plan = PlanConfig(max_tokens=2000, max_patches=1000)
-    _, (event,) = lengths_of([picture(1120, 1120)], 10, MediaConfig(), plan)
-    assert "needs max_patches=6400" in event.message
-    pixels = int(re.search(r"or media.max_pixels=(\d+)", event.message)[1])
-    assert pixels == 1000 * 14 * 14
-    found, events = lengths_of([picture(1120, 1120)], 10, MediaConfig(max_pixels=pixels), plan)
-    assert (found.patches <= 1000).all()
+    found, events = lengths_of([picture(1120, 1120)], 10, MediaConfig(), plan)
+    assert 900 <= found.patches[0] <= 1000
+    assert found.tokens[0] == 10 + found.patches[0] // 4
     assert not events
-    # where a part sets its own limit, the stage's would not help
-    _, (event,) = lengths_of([picture(1120, 1120, max_pixels=1 << 24)], 10, MediaConfig(), plan)
-    assert event.message.endswith("it needs max_patches=6400, or smaller media")
+    _, (event,) = lengths_of([picture(28, 28)] * 3, 10, MediaConfig(), PlanConfig(max_tokens=100, max_patches=8))
+    assert "it needs max_media_tokens=3 (and max_patches of 12 at least)" in event.message

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_pipelines.config import LoaderConfig, SourceConfig
 from data_pipelines.errors import ShardError, UserError
+from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import PackLoader
 from data_pipelines.pack import plan_process
@@ -145,7 +146,7 @@ def test_iterating_again_goes_on_after_the_last_step_handed_out(tiny, reference)
     ("change", "message"),
     [
         ({"seed": 1}, "seed: was 0, is 1"),
-        ({"max_tokens": 256}, "plan: was .*max_tokens=192.* is .*max_tokens=256"),
+        ({"max_tokens": 256}, "differ: plan.max_patches: was 768, is 1024; plan.max_tokens: was 192, is 256. Restore"),
         ({"pictures": 1.0, "texts": 1.0}, "source pictures: was"),
         ({"texts": 1.0}, "source pictures: was .*, is None"),
     ],
@@ -154,6 +155,54 @@ def test_a_state_of_other_settings_is_refused_by_name(tiny, change, message):
     state = loader(tiny).state_dict()
     with pytest.raises(ValueError, match=message):
         loader(tiny, **change).load_state_dict(state)
+
+
+def test_how_media_is_decoded_may_change_on_resume(tiny):
+    config = tiny.config()
+    media = replace(config.media, decode_timeout_s=7.0, video_backend="pyav")
+    state = PackLoader(config, tiny.tokenizer, PACKS, 0, 1, 0).state_dict()
+    assert PackLoader(replace(config, media=media), tiny.tokenizer, PACKS, 0, 1, 0).load_state_dict(state) == []
+
+
+def test_a_resume_by_a_version_that_counts_otherwise_is_refused(tiny, monkeypatch):
+    """It was taken, and the samples that waited for a pack were lost one by one as defects of the program."""
+    instance = loader(tiny)
+    next(iter(instance))
+    state = json.loads(json.dumps(instance.state_dict()))
+    table = SourceIndex.table
+    monkeypatch.setattr(
+        SourceIndex, "table", lambda *place: replace(table(*place), text_tokens=table(*place).text_tokens + 1)
+    )
+    with pytest.raises(UserError, match=r"takes \d+ tokens and \d+ patches, not \d+ and \d+ as the plan's state says"):
+        loader(tiny).load_state_dict(state)
+    monkeypatch.undo()
+    state["plan"]["cursors"][0]["next"] = 1000
+    with pytest.raises(UserError, match="a block has 4 usable samples, not 1000 or more as the plan's state says"):
+        loader(tiny).load_state_dict(state)
+
+
+def test_a_source_whose_samples_fit_no_pack_is_refused_before_the_first(tiny):
+    """They were ledger lines alone: 90% of a data set could be missing; one with `epochs` vanished without a word."""
+    for share in ({"weight": 1.0}, {"epochs": 1.0}):
+        source = SourceConfig((f"{tiny.folder}/pictures-*.tar",), **share)
+        config = replace(tiny.config(max_tokens=5), sources={"long": source})
+        with pytest.raises(ShardError, match=r"long: 20 of 20 samples looked at fit no pack.*it needs max_tokens=\d+"):
+            PackLoader(config, tiny.tokenizer, PACKS, 0, 1, 0)
+
+
+def test_as_many_samples_may_fit_no_pack_as_the_sources_error_rate_allows(tiny, tmp_path):
+    with ShardWriter(tmp_path, "mixed", max_records=40) as writer:
+        for number in range(120):
+            asked = {"role": "user", "content": "a red dog " * (1 if number % 10 else 300)}
+            answer = {"role": "assistant", "content": "cat"}
+            writer.write(f"m{number:03d}", {"messages": [asked, answer]}, {})
+    source = SourceConfig((f"{tmp_path}/mixed-*.tar",), max_error_rate=0.2)
+    config = replace(tiny.config(), sources={"mixed": source})
+    PackLoader(config, tiny.tokenizer, PACKS, 0, 1, 0)
+    strict = replace(config, sources={"mixed": replace(source, max_error_rate=0.05)})
+    told = r"12 of 120 samples looked at fit no pack, over max_error_rate 0\.05: too_long"
+    with pytest.raises(ShardError, match=told):
+        PackLoader(strict, tiny.tokenizer, PACKS, 0, 1, 0)
 
 
 def test_a_world_that_does_not_divide_the_step_is_refused(tiny):
@@ -343,7 +392,8 @@ def test_a_planner_that_dies_again_and_again_ends_the_run(tiny, monkeypatch):
     instance.close()
 
 
-def test_an_error_of_the_plan_reaches_the_training_process_as_it_is(tiny, damaged):
+def test_an_error_of_the_plan_reaches_the_training_process_as_it_is(tiny, damaged, monkeypatch):
+    monkeypatch.setattr("data_pipelines.loader.check_fit", lambda sources, config: None)  # would tell before
     nothing = replace(damaged, plan=replace(damaged.plan, max_tokens=4))  # a picture alone takes as much
     errors = []
     for workers in (0, 1):

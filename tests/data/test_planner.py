@@ -146,7 +146,7 @@ class LengthsOnly:
             arrays |= {f"part_{name}": np.zeros(0, np.int64) for name in parts}
             arrays |= {"media_ends": np.zeros(1000, np.uint64), "task": np.zeros(1000, np.uint32)}
             index = SimpleNamespace(
-                num_samples=1000, arrays=arrays, task=lambda row: self.name, key=str, media=lambda row: ()
+                num_samples=1000, arrays=arrays, task_name=lambda number: self.name, key=str, media=lambda row: ()
             )
             self._tables[shard] = ShardTable(index, lengths, np.zeros(1000, np.uint8), (), Counter())
         return self._tables[shard]
@@ -208,7 +208,8 @@ def test_shares_by_epochs_let_all_sources_end_together():
 
 
 def test_a_temperature_lies_between_sizes_and_weights():
-    assert phases({}, {"weight": 3.0}, sizes=[100, 10_000], temperature=2.0) == (Phase(0, (10.0, 300.0)),)
+    assert phases({}, {"weight": 3.0}, sizes=[100, 10_000], temperature=2.0) == (Phase(0, (0.1, 3.0)),)
+    assert phases({}, {}, sizes=[100, 10_000], temperature=1e-3) == (Phase(0, (0.0, 1.0)),)  # overflowed
 
 
 def test_a_schedule_changes_weights_at_token_counts():

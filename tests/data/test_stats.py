@@ -65,11 +65,11 @@ def test_lengths_are_those_of_the_encoder(tiny):
 
 def test_what_does_not_fit_is_listed_with_its_reason(tiny, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    words = ["stats", f"{tiny.folder}/pictures-*.tar", "--tokenizer", f"{tiny.folder}/tokenizer", "--max-patches", "20"]
+    words = ["stats", f"{tiny.folder}/pictures-*.tar", "--tokenizer", f"{tiny.folder}/tokenizer", "--max-tokens", "20"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "Left out or noted" in shown
-    assert "too_many_patches" in shown
+    assert "too_long" in shown
 
 
 def test_one_pass_is_planned_and_its_fill_measured(tiny, tmp_path):
