@@ -29,9 +29,12 @@ from benchmarks.planning import (
     fills,
     imbalances,
     main_seconds_per_step,
-    planner_us_per_sample,
+    new_planner,
+    planner_mb,
     resume,
     seconds_per_step,
+    us_by_packing,
+    us_per_sample,
 )
 from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.decode.image import probe_image
@@ -64,7 +67,8 @@ def main() -> None:
     diets = fills()
     for diet, figures in diets.items():
         print(f"{diet:22} " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
-    planner = {f"1e{power}": round(planner_us_per_sample(10**power), 2) for power in (3, 5, 7, 9)}
+    sizes = {f"1e{power}": 10**power for power in (3, 5, 7, 9)}
+    planner = {name: round(us_per_sample(new_planner(size)), 2) for name, size in sizes.items()}
     resume_s, state_bytes = resume(10**9)
     cost = cost_2b()
     balance = imbalances(cost) if cost is not None else {}
@@ -85,6 +89,8 @@ def main() -> None:
         "fill_mean": round(diets["short"]["ours"], 4),
         "share_under_98": round(diets["short"]["under_98"], 4),
         "planner_us_per_sample": planner,
+        "planner_us_by_packing": {name: round(us, 2) for name, us in us_by_packing(cost).items()},
+        "planner_mb": {name: round(planner_mb(size), 2) for name, size in sizes.items()},
         "resume_s": round(resume_s, 3),
         "state_bytes": state_bytes,
         "pack_bytes": pack_bytes,

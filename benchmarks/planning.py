@@ -1,4 +1,6 @@
-"""The plan on simulated lengths: time a sample by data size, fill, resume, imbalance of ranks, time a step of 1,024."""
+"""The plan on simulated lengths: time a sample by data size and packing, memory by data size, fill, resume, imbalance
+of ranks, time a step of 1,024.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import bisect
 import json
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,21 +37,49 @@ DIETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 MEDIA = MediaConfig(max_pixels=4096 * 784)
 
 
-def new_planner(num_samples: int, cost: PackCost | None = None) -> Planner:
-    """A planner of the mixed lengths; with a cost, its packs are made to cost alike."""
+def new_planner(num_samples: int, cost: PackCost | None = None, **plan: Any) -> Planner:
+    """A planner of the mixed lengths; with a cost, its packs are made to cost alike. `plan`: settings of its own."""
     sources, weights = mixed_sources(num_samples)
-    plan = PlanConfig(packing="balanced" if cost else "pool")
-    return Planner(sources, [Phase(0, tuple(weights))], MEDIA, plan, seed=0, cost=cost)
+    config = PlanConfig(**{"packing": "balanced" if cost else "pool", **plan})
+    return Planner(sources, [Phase(0, tuple(weights))], MEDIA, config, seed=0, cost=cost)
 
 
-def planner_us_per_sample(num_samples: int, count: int = 40_000) -> float:
-    """CPU µs a sample, after the tables of the first window were made."""
-    planner = new_planner(num_samples)
-    warm_up(planner)
-    start, done = time.process_time(), 0
-    while done < count:
-        done += len(planner.next_pack().items)
-    return (time.process_time() - start) / done * 1e6
+def us_per_sample(planner: Planner, count: int = 40_000) -> float:
+    """CPU µs a sample, after the tables of the first window were made; the median of three stretches."""
+    warm_up(planner, 3 * count)
+    times = []
+    for _ in range(3):
+        start, done = time.process_time(), 0
+        while done < count:
+            done += len(planner.next_pack().items)
+        times.append((time.process_time() - start) / done * 1e6)
+    return statistics.median(times)
+
+
+def us_by_packing(cost: PackCost | None) -> dict[str, float]:
+    """CPU µs a sample of each packing, and of pictures alone where it is the patches that fill a pack."""
+    planners = {name: new_planner(10**7, packing=name) for name in ("pool", "task", "single")}
+    if cost is not None:
+        planners["balanced"] = new_planner(10**7, cost)
+    pictures = SimulatedSource("pictures", 10**7, "picture")
+    bound = PlanConfig(max_patches=MAX_TOKENS)
+    small = MediaConfig(max_pixels=1024 * 784)
+    planners["pool, patches bind"] = Planner([pictures], [Phase(0, (1.0,))], small, bound, seed=0)
+    return {name: us_per_sample(planner) for name, planner in planners.items()}
+
+
+def planner_mb(num_samples: int, packs: int = 500) -> float:
+    """MB that a planner of so many samples holds at its peak, without the simulated tables."""
+    sources, weights = mixed_sources(num_samples)
+    phases = [Phase(0, tuple(weights))]
+    warm_up(Planner(sources, phases, MEDIA, PlanConfig(), seed=0))
+    tracemalloc.start()
+    planner = Planner(sources, phases, MEDIA, PlanConfig(), seed=0)
+    for _ in range(packs):
+        planner.next_pack()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1e6
 
 
 def new_short_planner(num_samples: int) -> Planner:

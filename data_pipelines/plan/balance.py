@@ -111,9 +111,8 @@ class CostPacker:
         self._arrivals = self._sum_tokens = self._sum_cost = 0
         if state:
             self._sum_tokens, self._sum_cost = state["tokens"], state["cost"]
-            for dear, *row in state["items"]:
-                item = Item(*row)
-                self._open(item, self._cost_of(item), bool(dear))
+            for dear, *item in state["items"]:
+                self._open(Item(*item), self._cost_of(Item(*item)), self._dear if dear else self._cheap)
 
     def waiting(self) -> Counter[int]:
         """Open items by source."""
@@ -143,29 +142,28 @@ class CostPacker:
             below_mean = spent * self._sum_tokens < self._sum_cost * (self._max_tokens - tokens)
             shelf, other = (dear, cheap) if below_mean else (cheap, dear)
             arrival, another = shelf.best(tokens, patches), other.best(tokens, patches)
-            if arrival < 0 or (another >= 0 and self._alike_and_longer(other, another, shelf, arrival)):
-                shelf, arrival = other, another
             if arrival < 0:
-                return pack
-
-    def _alike_and_longer(self, one: Shelf, another: int, shelf: Shelf, wanted: int) -> bool:
-        """Whether `another` is longer than the `wanted` item and costs the same by the token, to within a tenth.
-
-        Then it serves as well: where all samples cost alike, packs are as full as the pool's.
-        """
-        longer, length = one.items[another].tokens, shelf.items[wanted].tokens
-        x, y = self._costs[wanted] * longer, self._costs[another] * length
-        return longer > length and 10 * abs(x - y) <= max(x, y)
+                if another < 0:
+                    return pack
+                shelf, arrival = other, another
+            elif another >= 0:
+                # Of two that cost the same by the token, to within a tenth, the longer: where all samples do, packs are
+                # as full as the pool's.
+                length, longer = shelf.items[arrival].tokens, other.items[another].tokens
+                if longer > length:
+                    x, y = self._costs[arrival] * longer, self._costs[another] * length
+                    if 10 * abs(x - y) <= max(x, y):
+                        shelf, arrival = other, another
 
     def _draw(self, source: Iterator[Item]) -> None:
         item = next(source)
-        cost = self._cost_of(item)
-        self._sum_tokens += item.tokens
+        tokens, cost = item.tokens, self._cost_of(item)
+        self._sum_tokens += tokens
         self._sum_cost += cost
-        self._open(item, cost, cost * self._sum_tokens > self._sum_cost * item.tokens)
+        self._open(item, cost, self._dear if cost * self._sum_tokens > self._sum_cost * tokens else self._cheap)
 
-    def _open(self, item: Item, cost: int, dear: bool) -> None:
-        (self._dear if dear else self._cheap).add(self._arrivals, item)
+    def _open(self, item: Item, cost: int, shelf: Shelf) -> None:
+        shelf.add(self._arrivals, item)
         self._costs[self._arrivals] = cost
         self._arrivals += 1
 

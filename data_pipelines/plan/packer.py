@@ -57,11 +57,10 @@ class PoolPacker:
         """The open items, oldest first."""
         return {"items": [list(item) for item in self.items.values()]}
 
-    def add(self, item: Item, arrival: int | None = None) -> None:
-        """Open one item. `arrival` numbers rise; by default they count on."""
-        number = self._arrivals if arrival is None else arrival
-        self._shelf.add(number, item)
-        self._arrivals = number + 1
+    def add(self, item: Item) -> None:
+        """Open one item."""
+        self._shelf.add(self._arrivals, item)
+        self._arrivals += 1
 
     def next_pack(self, source: Iterator[Item]) -> list[Item]:
         """The next pack, the oldest item first. `source` refills the pool after each."""
@@ -79,13 +78,74 @@ class PoolPacker:
             arrival = shelf.best(tokens, patches)
         return pack
 
-    def drain_pack(self, aged: int) -> list[Item]:
-        """The next pack of what the pool has: the oldest item, those that arrived before number `aged`, then best fit.
 
-        Best fit alone takes the longest that fit. In a pool that fills between its packs, not while they are made, the
+class TaskPacker:
+    """Packs of one task kind each: a pool per kind, and the kind whose pool is ready gives the next pack.
+
+    A pool is ready with `pool_size` items and 1.5 packs' worth of tokens. A rare kind's pool that has not got
+    so far gives what it has as soon as its oldest sample has waited for 64 x `pool_size` drawn ones; in a pack that is
+    made anyway, those that waited for 8 x `pool_size` go first.
+    """
+
+    def __init__(
+        self, max_tokens: int, max_patches: int, pool_size: int, state: Mapping[str, Any] | None = None
+    ) -> None:
+        self._max_tokens, self._max_patches = max_tokens, max_patches
+        self._ready_items, self._ready_tokens = pool_size, max_tokens + max_tokens // 2
+        self._aged, self._patience = 8 * pool_size, 64 * pool_size
+        self._shelves: dict[int, Shelf] = {}
+        self._held: dict[int, int] = {}  # tokens on each shelf
+        self._waiting = Counter[int]()
+        open_items = state["items"] if state else []
+        self._drawn = open_items[0][0] if open_items else 0
+        for age, *item in open_items:
+            self._add(self._drawn - age, Item(*item))
+
+    def waiting(self) -> Counter[int]:
+        """Open items by source."""
+        return self._waiting
+
+    def state(self) -> dict[str, Any]:
+        """The open items by age in drawn samples: [age, *item], oldest first."""
+        open_items = [pair for shelf in self._shelves.values() for pair in shelf.items.items()]
+        return {"items": [[self._drawn - arrival, *item] for arrival, item in sorted(open_items)]}
+
+    def next_pack(self, source: Iterator[Item]) -> list[Item]:
+        """The next pack, of the kind whose oldest sample waited too long, else of the first kind that gets ready."""
+        task = self._draw_until_ready(source)
+        pack = self._drain(self._shelves[task])
+        self._held[task] -= sum(item.tokens for item in pack)
+        self._waiting.subtract(item.source for item in pack)
+        return pack
+
+    def _draw_until_ready(self, source: Iterator[Item]) -> int:
+        oldest = min((next(iter(shelf.items)) for shelf in self._shelves.values() if shelf.items), default=self._drawn)
+        while self._drawn - oldest < self._patience:
+            item = next(source)
+            shelf = self._add(self._drawn, item)
+            self._drawn += 1
+            if len(shelf.items) >= self._ready_items and self._held[item.task] >= self._ready_tokens:
+                return item.task
+        return next(task for task, shelf in self._shelves.items() if oldest in shelf.items)
+
+    def _add(self, arrival: int, item: Item) -> Shelf:
+        task = item.task
+        if task not in self._shelves:
+            self._shelves[task], self._held[task] = Shelf(self._max_tokens, self._max_patches), 0
+        shelf = self._shelves[task]
+        shelf.add(arrival, item)
+        self._held[task] += item.tokens
+        self._waiting[item.source] += 1
+        return shelf
+
+    def _drain(self, shelf: Shelf) -> list[Item]:
+        """A pack of what is there: the oldest item, those that waited for long, then best fit.
+
+        Best fit alone takes the longest that fit. On a shelf that fills between its packs, not while they are made, the
         short ones would pile up and wait without an end.
         """
-        shelf, pack, tokens, patches = self._shelf, list[Item](), self._max_tokens, self._max_patches
+        pack, tokens, patches = list[Item](), self._max_tokens, self._max_patches
+        aged = self._drawn - self._aged
         first = list(takewhile(lambda arrival: arrival < aged, shelf.items)) or [next(iter(shelf.items))]
         for arrival in first:
             item = shelf.items[arrival]
@@ -99,64 +159,6 @@ class PoolPacker:
             pack.append(item)
             tokens, patches = tokens - item.tokens, patches - item.patches
         return pack
-
-
-class TaskPacker:
-    """Packs of one task kind each: a pool per kind, and the kind whose pool is ready gives the next pack.
-
-    A pool is ready with `pool_size` items and 1.5 packs' worth of tokens. A rare kind's pool that has not got
-    so far gives what it has as soon as its oldest sample has waited for 64 x `pool_size` drawn ones; in a pack that is
-    made anyway, those that waited for 8 x `pool_size` go first.
-    """
-
-    def __init__(
-        self, max_tokens: int, max_patches: int, pool_size: int, state: Mapping[str, Any] | None = None
-    ) -> None:
-        self._budgets = (max_tokens, max_patches, pool_size)
-        self._ready_items, self._ready_tokens = pool_size, max_tokens + max_tokens // 2
-        self._aged, self._patience = 8 * pool_size, 64 * pool_size
-        self._pools: dict[int, PoolPacker] = {}
-        self._held: dict[int, int] = {}  # tokens by kind
-        self._waiting = Counter[int]()
-        open_items = state["items"] if state else []
-        self._drawn = open_items[0][0] if open_items else 0
-        for age, *item in open_items:
-            self._add(Item(*item), self._drawn - age)
-
-    def waiting(self) -> Counter[int]:
-        """Open items by source."""
-        return self._waiting
-
-    def state(self) -> dict[str, Any]:
-        """The open items by age in drawn samples: [age, *item], oldest first."""
-        open_items = [(arrival, item) for pool in self._pools.values() for arrival, item in pool.items.items()]
-        return {"items": [[self._drawn - arrival, *item] for arrival, item in sorted(open_items)]}
-
-    def next_pack(self, source: Iterator[Item]) -> list[Item]:
-        """The next pack, of the kind whose oldest sample waited too long, else of the first kind that gets ready."""
-        task = self._draw_until_ready(source)
-        pack = self._pools[task].drain_pack(aged=self._drawn - self._aged)
-        self._held[task] -= sum(item.tokens for item in pack)
-        self._waiting.subtract(item.source for item in pack)
-        return pack
-
-    def _draw_until_ready(self, source: Iterator[Item]) -> int:
-        oldest = min((next(iter(pool.items)) for pool in self._pools.values() if pool.items), default=self._drawn)
-        while self._drawn - oldest < self._patience:
-            item = next(source)
-            self._add(item, self._drawn)
-            self._drawn += 1
-            held = self._held[item.task]
-            if held >= self._ready_tokens and len(self._pools[item.task].items) >= self._ready_items:
-                return item.task
-        return next(task for task, pool in self._pools.items() if oldest in pool.items)
-
-    def _add(self, item: Item, arrival: int) -> None:
-        if item.task not in self._pools:
-            self._pools[item.task], self._held[item.task] = PoolPacker(*self._budgets), 0
-        self._pools[item.task].add(item, arrival)
-        self._held[item.task] += item.tokens
-        self._waiting[item.source] += 1
 
 
 class SinglePacker:
