@@ -183,12 +183,12 @@ def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float | N
     return next((peaks[0 if half else 1] for known, peaks in PEAKS if known in name), None)
 
 
-# bf16 and TF32 tensor-core peaks without sparsity, SXM variants
+# Peaks of the SXM variants: bf16 on the tensor cores without sparsity, float32 beside them: TF32 is never switched on
 PEAKS = (
-    ("H200", (989e12, 494e12)),
-    ("H100", (989e12, 494e12)),
-    ("H800", (989e12, 494e12)),
-    ("B200", (2250e12, 1125e12)),
-    ("A100", (312e12, 156e12)),
-    ("A800", (312e12, 156e12)),
+    ("H200", (989e12, 67e12)),
+    ("H100", (989e12, 67e12)),
+    ("H800", (989e12, 67e12)),
+    ("B200", (2250e12, 75e12)),
+    ("A100", (312e12, 19.5e12)),
+    ("A800", (312e12, 19.5e12)),
 )

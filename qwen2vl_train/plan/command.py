@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def _run(options: argparse.Namespace) -> int:
 
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu={options.mfu}: a share of the peak, above 0 and at most 1")
-    if options.packs < 1 or (options.tokens is not None and options.tokens <= 0):
-        raise ConfigError(f"--packs={options.packs} must be at least 1 and --tokens={options.tokens} above 0")
+    if options.packs < 1:
+        raise ConfigError(f"--packs={options.packs}: must be at least 1")
+    if options.tokens is not None and not 0 < options.tokens < math.inf:
+        raise ConfigError(f"--tokens={options.tokens}: must be finite and above 0")
     run, _ = load_config(options.overrides, options.config_dir, allow_missing=True)
     packs = [run.stages[name].packs_per_step for name in run.chain]
     gpus = options.gpus if options.gpus is not None else common_ranks(packs) * run.engine.sequence_parallel

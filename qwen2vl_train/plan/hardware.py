@@ -6,6 +6,7 @@ hold tensors: the rest goes to the CUDA context, NCCL's buffers, kernels' worksp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qwen2vl_train.config import ConfigError
@@ -42,8 +43,8 @@ def find_hardware(
     if known is None and memory_gb is None:
         raise ConfigError(f"--gpu {name}: known are {', '.join(MEMORY_GB)}; give --gpu-memory GB (and --peak-flops)")
     for option, value in (("--gpus", gpus), ("--gpu-memory", memory_gb), ("--peak-flops", peak_flops)):
-        if value is not None and value <= 0:
-            raise ConfigError(f"{option}={value}: must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{option}={value}: must be finite and above 0")
     memory = memory_gb if memory_gb is not None else MEMORY_GB[known or ""]
     if peak_flops is None and known is not None:
         peak_flops = dict(PEAKS)[known][0 if precision == "bf16" else 1]

@@ -5,7 +5,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen2vl_train.model.config import ModelConfig, TextConfig
-from qwen2vl_train.model.cost import Execution, PackLengths, model_flops_utilisation, pack_flops, parameter_counts
+from qwen2vl_train.model.cost import (
+    Execution,
+    PackLengths,
+    model_flops_utilisation,
+    pack_flops,
+    parameter_counts,
+    peak_flops_per_second,
+)
 from qwen2vl_train.model.parts import PARTS, freeze, part_of
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from tests.model.builders import document, model_config, pack, tiny_model
@@ -101,3 +108,11 @@ def test_parameters_by_part_equal_the_models(config):
 
 def test_utilisation_is_flops_over_time_and_peak():
     assert model_flops_utilisation(500, 2.0, 1000.0) == 0.25
+
+
+def test_the_peak_that_utilisation_counts_against_is_that_of_the_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    card = torch.device("cuda")
+    assert peak_flops_per_second(card, torch.bfloat16) == 989e12
+    assert peak_flops_per_second(card, torch.float32) == 67e12  # no TF32
+    assert peak_flops_per_second(torch.device("cpu"), torch.float32) is None

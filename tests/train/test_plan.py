@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from data_pipelines.loader import PackLoader, open_sources
@@ -159,6 +160,14 @@ def test_what_is_planned_follows_from_counts_alone(tiny, monkeypatch):
     assert rehearse_tiny(stage, tiny).steps == 3
 
 
+def test_the_peak_is_that_of_the_precision_that_runs():
+    """Nothing switches TF32 on: float32 runs beside the tensor cores."""
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert find_hardware("h100", 8, "bf16").peak_flops == 989e12
+    assert find_hardware("h100", 8, "fp32").peak_flops == 67e12
+    assert find_hardware("A100", 8, "fp32").peak_flops == 19.5e12
+
+
 def test_without_shards_a_length_in_tokens_is_counted_in_full_packs():
     words = ["stages.vision.steps=0", "stages.vision.tokens=1000000000", "stages.vision.schedule.warmup_steps=0"]
     (stage,) = forecast(run_of("stage=vision", *words), find_hardware("H100", 8, "bf16"), 0.4).stages
@@ -310,6 +319,11 @@ def test_the_figures_for_machines_are_json(tiny, capsys):
         (["--gpu", "abacus"], r"--gpu abacus: known are A100"),
         (["--mfu", "40"], r"--mfu=40\.0: a share of the peak"),
         (["--tokens", "1e9"], r"--tokens=1e\+09 needs shards"),
+        (["--tokens", "inf"], r"--tokens=inf: must be finite and above 0"),
+        (["--tokens", "nan"], r"--tokens=nan: must be finite and above 0"),
+        (["--gpu-memory", "nan"], r"--gpu-memory=nan: must be finite and above 0"),
+        (["--peak-flops", "nan"], r"--peak-flops=nan: must be finite and above 0"),
+        (["--peak-flops", "inf"], r"--peak-flops=inf: must be finite and above 0"),
         (["model.config.text.vocab_size=0"], r"vocab_size=0: 0 follows the tokenizer, which is not given"),
     ],
 )
