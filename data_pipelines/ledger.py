@@ -7,12 +7,12 @@ the lines of packs that it trains again.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipelines.samples import PackedBatch
+from data_pipelines.whole import append_lines
 
 _LOG = logging.getLogger(__name__)
 # Events that cost no sample: something was noted or made smaller, the sample is in its pack.
@@ -36,12 +36,9 @@ class Ledger:
             for event in pack.events:
                 fields = {"dataset": event.dataset, "key": event.key, "reason": event.reason, "message": event.message}
                 several = {"samples": event.num_samples} if event.num_samples != 1 else {}
-                lines.append(json.dumps({"pack": pack.number, **fields, **several}) + "\n")
+                lines.append({"pack": pack.number, **fields, **several})
         try:
-            if lines:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write("".join(lines))
+            append_lines(self.path, lines)
         except OSError as error:
             if not self._told_of_disk:
                 _LOG.warning("%s cannot be written, what is lost is only counted from here (%s)", self.path, error)

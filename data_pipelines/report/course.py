@@ -17,6 +17,7 @@ from typing import Any
 from data_pipelines.errors import UserError
 from data_pipelines.plan.change import CHANGES_NAME
 from data_pipelines.report.data_run import choose_stage, read_settings
+from data_pipelines.whole import read_lines
 
 FAR = 4  # times the packs that are known of: spikes and lower fills move the end, but not so far
 
@@ -137,9 +138,9 @@ def read_course(config: Path, stage: str | None, packs_per_step: int) -> Course:
         return Course()
     name = choose_stage(settings, stage, path)
     folder = path.parent / name
-    changes = [Change(**line) for line in _lines(folder / CHANGES_NAME)]
+    changes = [Change(**line) for line in read_lines(folder / CHANGES_NAME)]
     steps = int(settings["stages"][name].get("steps") or 0) or _steps_done(folder)
-    return Course(name, changes, list(_lines(folder / "spikes.jsonl")), steps * packs_per_step, _saved(folder))
+    return Course(name, changes, list(read_lines(folder / "spikes.jsonl")), steps * packs_per_step, _saved(folder))
 
 
 def _saved(folder: Path) -> tuple[int, int] | None:
@@ -154,12 +155,5 @@ def _saved(folder: Path) -> tuple[int, int] | None:
 def _steps_done(folder: Path) -> int:
     """Of a stage whose length is counted in tokens: the newest step that its checkpoints or the log know of."""
     saved = [int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-????????")]
-    logged = (line["step"] for line in _lines(folder.parent / "metrics.jsonl") if line.get("stage") == folder.name)
+    logged = (line["step"] for line in read_lines(folder.parent / "metrics.jsonl") if line.get("stage") == folder.name)
     return max(max(saved, default=0), max(logged, default=0))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; none where there is no file. A running job may be writing the last one."""
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("}\n"))

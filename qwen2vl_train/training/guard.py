@@ -7,7 +7,6 @@ needs anyhow, and the losses are looked at only after a skipped update.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
+from data_pipelines.whole import append_lines
 from qwen2vl_train.config import GuardConfig
 from qwen2vl_train.training.step import StepResult
 from qwen2vl_train.training.window import Progress
@@ -50,7 +50,7 @@ class Guard:
         everyone = [row for rows in self._world.gather(mine) for row in rows]
         # without a bad loss the gradients broke on their own: every pack of the step is a suspect
         suspects = [row for row in everyone if row["loss"] is None] or everyone
-        self._world.from_main(lambda: self._write(progress.step, suspects))
+        self._world.from_main(lambda: append_lines(self._path, [{"step": progress.step, **row} for row in suspects]))
         if self._in_row >= self._config.max_skipped_in_row or progress.skipped_updates >= self._config.max_skipped:
             keys = [key for row in suspects for key in row["keys"]]
             raise NonFiniteError(
@@ -61,11 +61,6 @@ class Guard:
                 f"{', ...' if len(keys) > 8 else ''}; all are in {self._path}. Lower the learning rate, lengthen the "
                 "warm-up, or drop the samples"
             )
-
-    def _write(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
 
 
 def _describe(pack: PackedBatch, loss: float, rank: int) -> dict[str, Any]:

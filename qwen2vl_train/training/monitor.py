@@ -5,12 +5,9 @@ Only rank 0 has a live monitor; the others hold a silent one, so the trainer cal
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_pipelines.whole import write_whole
+from data_pipelines.whole import append_lines, as_lines, read_lines, write_whole
 from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.training.clock import RunClock
 from qwen2vl_train.training.shown import Shown
@@ -50,7 +47,7 @@ class Monitor:
         if self._tracker is None:
             return
         plain = {name: _finite(value) for name, value in metrics.items()}
-        self._keep(lambda: _append(self._path, json.dumps({"stage": stage, "step": step, **plain}) + "\n"))
+        self._keep(lambda: append_lines(self._path, [{"stage": stage, "step": step, **plain}]))
         self._keep(self.clock.save)
         self._tracker.log(stage, step, plain)
 
@@ -66,17 +63,13 @@ class Monitor:
     def forget_after(self, stage: str, step: int) -> None:
         """Drop logged lines of `stage` later than `step`: the resumed run will write them again.
 
-        A line that a killed run left half goes, too.
+        A line that a killed run left half, or that is damaged otherwise, goes, too.
         """
         if not self._active or not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, LookupError, TypeError):  # half a line
-                read = json.loads(line)
-                if read["stage"] != stage or read["step"] <= step:
-                    kept.append(f"{line}\n")
-        self._keep(lambda: write_whole(self._path, "".join(kept)))
+        lines = read_lines(self._path)
+        kept = as_lines(line for line in lines if line.get("stage") != stage or line.get("step", 0) <= step)
+        self._keep(lambda: write_whole(self._path, kept))
 
     def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:
         """Keep what is known of a stage before its first step: `<stage>/<name>.json` in the run's folder, and wandb."""
@@ -116,18 +109,6 @@ class Monitor:
         self.stop_progress()
         if self._tracker is not None:
             self._tracker.close(failed)
-
-
-def _append(path: Path, line: str) -> None:
-    """Add `line` to the file, whole or not at all."""
-    with path.open("ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            if file.write(line.encode()) < len(line.encode()):  # the disk took a part of it
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(size)
-            raise
 
 
 def _finite(value: Any) -> Any:

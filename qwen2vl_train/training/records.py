@@ -8,30 +8,28 @@ their lines stay. A change of data that a resume accepts is written down with th
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.plan.change import CHANGES_NAME
-from data_pipelines.whole import write_whole
+from data_pipelines.whole import append_lines, as_lines, read_lines, write_whole
 
 _FILES = ("ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl", CHANGES_NAME)
 
 
 def forget_packs(folder: Path, loader_state: Mapping[str, Any] | None) -> None:
-    """Drop the lines of packs that follow `loader_state` (None: of all), and a last line that a killed run left half.
+    """Drop the lines of packs that follow `loader_state` (None: of all), and what is damaged: a killed run's half line.
 
     >>> next_pack({"plan": {"number": 12}}), next_pack({"stream": {"packs": 8}}), next_pack(None)
     (12, 8, 0)
     """
     first = next_pack(loader_state)
     for path in (path for form in _FILES for path in folder.glob(form)):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and _last_pack(json.loads(line)) < first]
-        if len(kept) < len(lines):
-            write_whole(path, "".join(kept))
+        kept = as_lines(line for line in read_lines(path) if _last_pack(line) < first)
+        if kept != path.read_text(encoding="utf-8", errors="replace"):
+            write_whole(path, kept)
 
 
 def take_changes(folder: Path, checkpoint: Path) -> None:
@@ -47,8 +45,7 @@ def take_changes(folder: Path, checkpoint: Path) -> None:
 def add_change(folder: Path, step: int, loader_state: Mapping[str, Any], changes: Sequence[str]) -> None:
     """Write down that after `step` steps the data changed: what, and the loader's state to go on with."""
     line = {"step": step, "pack": next_pack(loader_state), "changes": list(changes), "loader": loader_state}
-    with (folder / CHANGES_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_lines(folder / CHANGES_NAME, [line])
 
 
 def next_pack(loader_state: Mapping[str, Any] | None) -> int:

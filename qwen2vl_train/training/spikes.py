@@ -11,7 +11,6 @@ trained again. The next checkpoint holds that state of the loader; a run killed 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
+from data_pipelines.whole import append_lines
 from qwen2vl_train.config import GuardConfig
 from qwen2vl_train.training.step import StepResult
 from qwen2vl_train.training.window import Progress
@@ -84,18 +84,13 @@ class SpikeGuard:
         rows = self._world.gather([{"pack": pack.number, "keys": list(pack.keys)} for pack in packs])
         by_pack = {row["pack"]: row for rank_rows in rows for row in rank_rows}  # ranks may share one
         line = {**vars(spike), "returned_to": returned_to, "rollbacks": rollbacks, "packs": list(by_pack.values())}
-        self._world.from_main(lambda: self._write(json.dumps(line)))
+        self._world.from_main(lambda: append_lines(self._path, [line]))
         if rollbacks > self._config.max_rollbacks:
             raise SpikeError(
                 f"{spike}, after {rollbacks - 1} rollbacks (guard.max_rollbacks={self._config.max_rollbacks}). "
                 f"{self._path} names the packs and samples of each spike. Lower the learning rate, drop the samples, "
                 "go further back with resume=<an older checkpoint>, or raise guard.spike_sigma if these are no spikes"
             )
-
-    def _write(self, line: str) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
 
 
 def find_spike(step: int, loss: float, before: Sequence[float], config: GuardConfig) -> Spike | None:

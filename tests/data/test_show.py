@@ -171,6 +171,14 @@ def test_steps_behind_a_return_after_a_spike_are_refused_until_the_data_changed(
     assert course.step_of(50, 4) == (9, 48)
 
 
+def test_a_line_that_is_damaged_is_left_out_of_the_course(tmp_path, caplog):
+    spike = {"step": 9, "returned_to": 5, "packs": [{"pack": 32}]}
+    path = folder_of(tmp_path, spikes=[spike]) / "vision" / "spikes.jsonl"
+    path.write_text('{"step": 7, "retu{"step": 7}\n' + path.read_text())
+    assert read_course(tmp_path, "vision", 4).spikes == [spike]
+    assert caplog.messages == [f"{path}: 1 damaged line(s) left out"]
+
+
 def test_steps_of_a_run_whose_steps_had_another_size_are_refused(tmp_path):
     folder_of(tmp_path)
     path = tmp_path / "vision" / "checkpoints" / "step-00000005" / "state.json"

@@ -1,7 +1,9 @@
 """Figures: one JSON line each, forgotten after a resume, and wandb that can be away, fail or hang without harm."""
 
+import errno
 import io
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -175,7 +177,12 @@ def test_figures_without_room_are_told_of_once_and_leave_no_half_line(tmp_path, 
     monitor.log("vision", 1, {"loss": 1.0})
 
     class Full(io.FileIO):
+        taken = False
+
         def write(self, content):
+            if self.taken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.taken = True
             return super().write(content[:10])
 
     with monkeypatch.context() as patch:

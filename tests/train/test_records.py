@@ -33,6 +33,16 @@ def test_lines_of_packs_that_are_trained_again_go_with_a_half_last_one(tmp_path,
     assert read(tmp_path / "spikes.jsonl") == [passed]
 
 
+def test_lines_that_ran_into_each_other_go_and_the_run_goes_on(tmp_path):
+    """As earlier releases left them after a full disk: half a line, and the next one behind it."""
+    for name in ("ledger-rank0", "skipped_updates", "spikes", "data_changes"):
+        write(
+            tmp_path / f"{name}.jsonl", [{"pack": 6}], rest='{"pack": 7, "messa{"pack": 7, "key": "b"}\n{"pack": 7}\n'
+        )
+        forget_packs(tmp_path, {"plan": {"number": 8}})
+        assert read(tmp_path / f"{name}.jsonl") == [{"pack": 6}, {"pack": 7}]
+
+
 def test_a_stage_without_a_checkpoint_begins_with_empty_records(tmp_path):
     write(tmp_path / "ledger-rank0.jsonl", [{"pack": 0, "key": "a"}])
     forget_packs(tmp_path, None)
