@@ -1,12 +1,14 @@
 """Which course a stage takes: anew, on from a checkpoint, or done before; from which weights, under which settings.
 
-Enters: the configuration and what earlier starts left in the stage's folder. Leaves: `settings.json`, which holds what
-decides the stage's outcome (the weights it starts from as well), and a `ConfigError` where it would be another's.
+Enters: the configuration and what earlier starts left in the stage's folder. Leaves: `settings.json`, which holds the
+stage's settings and the weights it starts from, and a `ConfigError` where those would be another's that decide its
+outcome.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ from qwen2vl_train.training.restart import job
 _DECIDE_TENSORS = ("trainable", "optim.name", "optim.vit_layer_decay")  # the optimizer's groups and state
 _RESTORE = "restore it from a copy, or remove it if this command's settings are those that the stage was begun with"
 _WEIGHTS = "initial_weights"  # beside the settings: which weights the stage was begun with
+# Of a stage, what changes nothing that is trained: its score, workers and caches, and when what fails is given up.
+_FREE = re.compile(
+    r"evaluate|data\.(loader|remote)\..+|data\.media\.decode_timeout_s|data\.sources\..+\.max_error_rate"
+)
 
 
 def resume_of(run: RunConfig, name: str, restarted: bool = False) -> str:
@@ -103,9 +109,7 @@ def refuse_other_settings(run: RunConfig, name: str, resume: str = "auto") -> No
     held = _kept(settings_file(run, name)) if resume == "auto" else _settings_of_checkpoint(Path(resume))
     if held is None or (resume == "auto" and not _has_begun(folder)):
         return
-    mine = _deciding_settings(run, name)
-    for key in (_WEIGHTS, f"stages.{name}.evaluate"):  # older runs kept the second
-        held.pop(key, None)
+    mine, held = _deciding(_settings(run, name), name), _deciding(held, name)
     # a key that did not exist then had its default's effect
     held = {key: value for key, value in _defaults_of(run, name).items() if key in mine} | held
     changed = [key for key in sorted(mine.keys() | held.keys()) if mine.get(key) != held.get(key)]
@@ -154,14 +158,14 @@ def is_stale(run: RunConfig, name: str) -> bool:
 
 
 def keep_settings(run: RunConfig, name: str, resume: str = "auto") -> None:
-    """Keep what decides the stage's outcome beside it; a stage that goes on keeps the weights it was begun with."""
+    """Keep the settings of stage `name` in its folder; one that goes on keeps the weights it was begun with."""
     path = settings_file(run, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
         return
     goes_on = resume != "none" and path.is_file() and _has_begun(path.parent)
     weights = read_json(path, _RESTORE).get(_WEIGHTS) if goes_on else _weights_now(run, name)
-    write_json(path, _deciding_settings(run, name) | {_WEIGHTS: weights})
+    write_json(path, _settings(run, name) | {_WEIGHTS: weights})
 
 
 def settings_of(run: RunConfig, name: str) -> dict[str, Any]:
@@ -203,15 +207,18 @@ def _weights_now(run: RunConfig, name: str) -> str | None:
     return None if path is None else fingerprint(path)
 
 
-def _deciding_settings(run: RunConfig, name: str) -> dict[str, Any]:
-    """The settings that change what stage `name` makes, flat, as JSON reads them back."""
-    stage = asdict(run.stages[name])
-    stage.pop("evaluate")  # a score changes nothing that is trained, nor do workers and caches
-    for how in ("loader", "remote"):
-        stage["data"].pop(how)
-    flat = _flat({"seed": run.seed, "model.config": asdict(run.model.config), f"stages.{name}": stage})
+def _settings(run: RunConfig, name: str) -> dict[str, Any]:
+    """The settings of stage `name`, flat, as JSON reads them back."""
+    model, stage = asdict(run.model.config), asdict(run.stages[name])
+    flat = _flat({"seed": run.seed, "model.config": model, f"stages.{name}": stage})
     plain: dict[str, Any] = json.loads(json.dumps(flat))
     return plain
+
+
+def _deciding(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Those of `settings` that change what stage `name` makes."""
+    short = {key: key.removeprefix(f"stages.{name}.") for key in settings if key != _WEIGHTS}
+    return {key: settings[key] for key, part in short.items() if not _FREE.fullmatch(part)}
 
 
 def _defaults_of(run: RunConfig, name: str) -> dict[str, Any]:

@@ -112,6 +112,17 @@ def test_other_settings_in_a_begun_stage_are_refused_by_name(tmp_path):
     assert json.loads((tmp_path / "vision" / "settings.json").read_text())["stages.vision.optim.lr.vit"] == 0.5
 
 
+def test_when_what_fails_is_given_up_can_change_in_a_begun_stage_and_is_kept(tmp_path):
+    begin(demo(tmp_path), {})
+    changed = ("mixture.vision.captions.max_error_rate=0.2", "stages.vision.data.media.decode_timeout_s=5")
+    begin(demo(tmp_path, *changed), {})  # the remedy that the error over max_error_rate names
+    held = json.loads((tmp_path / "vision" / "settings.json").read_text())
+    assert held["stages.vision.data.sources.captions.max_error_rate"] == 0.2
+    assert held["stages.vision.data.media.decode_timeout_s"] == 5
+    with pytest.raises(ConfigError, match=r"\(stages\.vision\.data\.media\.video_backend: was auto, is pyav\)"):
+        refuse_other_settings(demo(tmp_path, "stages.vision.data.media.video_backend=pyav"), "vision")
+
+
 def test_a_first_attempt_that_came_to_nothing_binds_nobody(tmp_path):
     mistaken = demo(tmp_path, "stages.vision.packs_per_step=8")
     _open_run(mistaken, tmp_path, {}, World(0, 1, 0, torch.device("cpu")), RunLock(tmp_path))
