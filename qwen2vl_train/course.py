@@ -22,6 +22,7 @@ from qwen2vl_train.training.restart import job
 _DECIDE_TENSORS = ("trainable", "optim.name", "optim.vit_layer_decay")  # the optimizer's groups and state
 _RESTORE = "restore it from a copy, or remove it if this command's settings are those that the stage was begun with"
 _WEIGHTS = "initial_weights"  # beside the settings: which weights the stage was begun with
+_TOKENIZER, _WORLD = "data.tokenizer", "world"  # beside them, for what shows the stage's packs again
 # Of a stage, what changes nothing that is trained: its score, workers and caches, and when what fails is given up.
 _FREE = re.compile(
     r"evaluate|data\.(loader|remote)\..+|data\.media\.decode_timeout_s|data\.sources\..+\.max_error_rate"
@@ -157,15 +158,18 @@ def is_stale(run: RunConfig, name: str) -> bool:
     return held is not None and now is not None and held != now
 
 
-def keep_settings(run: RunConfig, name: str, resume: str = "auto") -> None:
-    """Keep the settings of stage `name` in its folder; one that goes on keeps the weights it was begun with."""
+def keep_settings(run: RunConfig, name: str, resume: str = "auto", world: int = 1) -> None:
+    """Keep the settings of stage `name` in its folder; one that goes on keeps the weights it was begun with.
+
+    `world`: on how many ranks with packs of their own it begins or goes on.
+    """
     path = settings_file(run, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if (path.parent / "result.json").is_file():  # a finished stage was trained with what it has
         return
     goes_on = resume != "none" and path.is_file() and _has_begun(path.parent)
     weights = read_json(path, _RESTORE).get(_WEIGHTS) if goes_on else _weights_now(run, name)
-    write_json(path, _settings(run, name) | {_WEIGHTS: weights})
+    write_json(path, _settings(run, name) | {_WEIGHTS: weights, _TOKENIZER: run.data.tokenizer, _WORLD: world})
 
 
 def settings_of(run: RunConfig, name: str) -> dict[str, Any]:
@@ -217,7 +221,8 @@ def _settings(run: RunConfig, name: str) -> dict[str, Any]:
 
 def _deciding(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Those of `settings` that change what stage `name` makes."""
-    short = {key: key.removeprefix(f"stages.{name}.") for key in settings if key != _WEIGHTS}
+    beside = (_WEIGHTS, _TOKENIZER, _WORLD)
+    short = {key: key.removeprefix(f"stages.{name}.") for key in settings if key not in beside}
     return {key: settings[key] for key, part in short.items() if not _FREE.fullmatch(part)}
 
 

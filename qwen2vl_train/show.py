@@ -26,7 +26,7 @@ def add_arguments(commands: Any) -> None:
         help="rebuild the packs of a step, or one pack, and show them on a page",
         description="Rebuild exactly the packs that an experiment has at a step, or pack K of its plan, from its "
         "configuration and seed, and write them as an inspection page. For a run that exists, `qwen2vl-data show "
-        "RUN_DIR` reads the settings the run was started with.",
+        "RUN_DIR` reads the settings the stage was started with.",
         epilog="Example: qwen2vl show experiment=demo --stage multitask --step 120 --rank 1 --world 2 --open",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as given to train")

@@ -157,7 +157,7 @@ def _run_stage(
         world.from_main(lambda: _leave_course(run, name, resume))
     elif run.resume != "auto" and world.restarted:
         monitor.console.print(f"{name}: started again by the launcher, so it goes on as with resume=auto")
-    world.from_main(lambda: keep_settings(run, name, resume))
+    world.from_main(lambda: keep_settings(run, name, resume, world.size // run.engine.sequence_parallel))
     if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return False

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipelines.errors import UserError
 from data_pipelines.plan.change import CHANGES_NAME
-from data_pipelines.report.data_run import choose_stage, read_settings
+from data_pipelines.report.data_run import choose_stage, read_settings, settings_of_stage
 from data_pipelines.whole import read_lines
 
 FAR = 4  # times the packs that are known of: spikes and lower fills move the end, but not so far
@@ -139,7 +139,8 @@ def read_course(config: Path, stage: str | None, packs_per_step: int) -> Course:
     name = choose_stage(settings, stage, path)
     folder = path.parent / name
     changes = [Change(**line) for line in read_lines(folder / CHANGES_NAME)]
-    steps = int(settings["stages"][name].get("steps") or 0) or _steps_done(folder)
+    steps = settings_of_stage(settings, name, path)["stages"][name].get("steps")
+    steps = int(steps or 0) or _steps_done(folder)
     return Course(name, changes, list(read_lines(folder / "spikes.jsonl")), steps * packs_per_step, _saved(folder))
 
 

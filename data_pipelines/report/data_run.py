@@ -1,8 +1,8 @@
 """What decides the packs of a run: mixture, template, budgets, tokenizer, seed, packs per step and ranks.
 
 Enters: options of a command (shards named there), a YAML or JSON file of these settings, or the folder of a training
-run, whose `config.json` holds them per stage. Leaves: a `DataRun`. The trainer is not imported: a run's stored settings
-are plain values, validated against the same dataclasses.
+run: each stage's `settings.json`, or `config.json` for a stage that has not begun. Leaves: a `DataRun`. The trainer is
+not imported: a run's stored settings are plain values, validated against the same dataclasses.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def read_data_run(path: Path, stage: str | None = None, **changes: int | None) -
     path, settings = read_settings(path)
     if "stages" in settings:
         try:
-            settings = _of_stage(settings, choose_stage(settings, stage, path), path)
+            name = choose_stage(settings, stage, path)
+            settings = _of_stage(settings_of_stage(settings, name, path), name, path)
         except KeyError as error:
             raise UserError(f"{path}: {error} is missing; give a run's folder as training left it") from error
     try:
@@ -160,6 +161,34 @@ def choose_stage(settings: Mapping[str, Any], stage: str | None, path: Path) -> 
     return str(name)
 
 
+def settings_of_stage(settings: Mapping[str, Any], stage: str, path: Path) -> Mapping[str, Any]:
+    """The run's `settings` (read from `path`) as `stage` was last started with them.
+
+    The run's file is of its last start, which may have been another stage's, with another seed, data or tokenizer.
+
+    Raises:
+        UserError: the file that the stage keeps is damaged.
+    """
+    file = path.parent / stage / "settings.json"
+    if not file.is_file():
+        return settings
+    try:
+        kept = _as_tree(json.loads(file.read_text(encoding="utf-8")))
+        mine = kept["stages"][stage]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}): restore it from a copy, or give the settings: qwen2vl show OVERRIDES"
+        ) from error
+    planned = settings["stages"][stage].get("data", {})
+    absent = {how: planned[how] for how in ("loader", "remote") if how in planned}  # in those of older runs
+    return {
+        **settings,
+        **{key: kept[key] for key in ("seed", "world") if key in kept},
+        "data": {**settings.get("data", {}), **kept.get("data", {})},
+        "stages": {**settings["stages"], stage: {**mine, "data": {**absent, **mine["data"]}}},
+    }
+
+
 def name_sources(words: Sequence[str]) -> dict[str, list[str]]:
     """Shards by data set. NAME=PATTERN says the name; else it is the file's without its number ("coco-00012.tar").
 
@@ -198,7 +227,7 @@ def _faults(error: ValidationError) -> Iterator[str]:
 
 
 def _of_stage(settings: Mapping[str, Any], stage: str, path: Path) -> dict[str, Any]:
-    """A training configuration's values for one stage; the number of ranks from `environment.json` beside it."""
+    """A training configuration's values for one stage; ranks from `environment.json` where the stage kept none."""
     stages = settings["stages"]
     chosen: dict[str, Any] = {
         "tokenizer": settings["data"]["tokenizer"],
@@ -208,12 +237,32 @@ def _of_stage(settings: Mapping[str, Any], stage: str, path: Path) -> dict[str, 
     }
     with suppress(OSError):  # a stage that has not begun has no cost yet, and no packs to show
         chosen["cost"] = json.loads((path.parent / stage / COST_NAME).read_text(encoding="utf-8"))
+    if "world" in settings:
+        return {**chosen, "world": settings["world"]}
     try:
         environment = json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))
         shared = int(settings.get("engine", {}).get("sequence_parallel", 1))  # ranks that hold one pack together
         return {**chosen, "world": int(environment["world_size"]) // shared}
     except (OSError, ValueError, KeyError):
         return chosen
+
+
+def _as_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings {"a.b": value} nested again. A source's name may hold dots, its fields' names do not.
+
+    >>> _as_tree({"seed": 3, "stages.vision.data.sources.coco.v2.weight": 2.0})
+    {'seed': 3, 'stages': {'vision': {'data': {'sources': {'coco.v2': {'weight': 2.0}}}}}}
+    """
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        if parents[2:4] == ["data", "sources"]:
+            parents[4:] = [".".join(parents[4:])]
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = value
+    return tree
 
 
 def _tokenizer_near(shard: str) -> Path | None:

@@ -85,7 +85,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a run's folder, its config.json, or a YAML file")
     parser.add_argument("--stage", help="which stage of the run (default: the only one it trains)")
     parser.add_argument("--seed", type=int, help="another seed than the file's")
-    parser.add_argument("--world", type=int, metavar="N", help="another number of ranks than the run's last start had")
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="another number of ranks than the stage's last start had"
+    )
     add_show_options(parser)
     parser.set_defaults(run=run)
 

@@ -1,23 +1,30 @@
 """`qwen2vl show`: an experiment's configuration gives the settings that decide its packs."""
 
 import json
-from dataclasses import asdict
+from argparse import ArgumentParser
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data_pipelines.cli import main
 from data_pipelines.config import DataConfig, LoaderConfig, MediaConfig, PlanConfig, SourceConfig
 from data_pipelines.loader import PackLoader
 from data_pipelines.plan.balance import PackCost
-from data_pipelines.report.data_run import read_data_run
+from data_pipelines.report.course import read_course
+from data_pipelines.report.data_run import add_data_options, data_run_of, read_data_run
 from qwen2vl_train.cli import main as qwen2vl
 from qwen2vl_train.config import ConfigError, MonitorConfig
+from qwen2vl_train.course import keep_settings
 from qwen2vl_train.overrides import load_config
 from qwen2vl_train.show import data_run
+from qwen2vl_train.stages import _open_run
 from qwen2vl_train.training.balancing import write_pack_cost
+from qwen2vl_train.training.lock import RunLock
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.trainer import Trainer
+from qwen2vl_train.training.world import World
 from tests.data.tiny_shards import make_tiny_shards
 from tests.model.builders import model_config
 
@@ -60,6 +67,57 @@ def test_packs_are_dealt_by_the_cost_that_the_trainer_leaves_in_the_stage_folder
     write_pack_cost(tmp_path / "multitask", cost)
     assert read_data_run(tmp_path, "multitask").cost == cost
     assert read_data_run(tmp_path, "instruct").cost is None
+
+
+def start(folder, stage, ranks, *overrides):
+    """What a start of one stage leaves of its settings; the stage's data has a source whose name holds a dot."""
+    run, settings = load_config(["experiment=demo", f"run_dir={folder}", f"stage={stage}", *overrides])
+    data = run.stages[stage].data
+    data = replace(data, sources={**data.sources, "coco.v2": SourceConfig(("/s/*.tar",), schedule=((1e6, 2.0),))})
+    run = replace(run, stages={**run.stages, stage: replace(run.stages[stage], data=data)})
+    _open_run(run, folder, settings, World(0, ranks, 0, torch.device("cpu")), RunLock(folder))
+    keep_settings(run, stage, world=ranks)
+    return replace(data_run(run, stage, ranks), cost=None)
+
+
+def test_a_later_start_of_another_stage_changes_nothing_of_the_packs_of_those_before(tmp_path):
+    vision = start(tmp_path, "vision", 2, "stages.vision.steps=50")
+    assert read_data_run(tmp_path, "vision") == vision
+    others = ("seed=7", "data.tokenizer=/other", "stages.vision.packs_per_step=6", "stages.vision.steps=40")
+    multitask = start(tmp_path, "multitask", 1, *others, "mixture.vision.captions.weight=9")
+    assert (multitask.seed, multitask.tokenizer, multitask.world) == (7, "/other", 1)
+    assert read_data_run(tmp_path, "multitask") == multitask
+    assert read_data_run(tmp_path, "vision") == vision
+    assert data_run_of(inspect_options("--config", str(tmp_path), "--stage", "vision")) == vision
+    assert read_course(tmp_path, "vision", 2).packs == 100
+    assert read_data_run(tmp_path, "instruct").seed == 7  # has not begun: as the last start would begin it
+
+
+def inspect_options(*words):
+    parser = ArgumentParser()
+    add_data_options(parser)
+    return parser.parse_args(words)
+
+
+def test_settings_of_a_stage_of_an_older_run_go_with_the_ranks_and_the_loader_of_the_runs_last_start(tmp_path):
+    vision = start(tmp_path, "vision", 2)
+    path = tmp_path / "vision" / "settings.json"
+    later = ("world", "data.tokenizer", "stages.vision.data.loader.", "stages.vision.data.remote.")
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith(later)}
+    path.write_text(json.dumps(kept))
+    multitask = start(tmp_path, "multitask", 1, "seed=7", "shared.loader.num_workers=5")
+    data = replace(vision.data, loader=multitask.data.loader)
+    assert read_data_run(tmp_path, "vision") == replace(vision, world=1, data=data)
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 1, "sta', "\0" * 9, "[]", '{"seed": 3}'])
+def test_damaged_settings_of_a_stage_are_named(tmp_path, content, capsys):
+    start(tmp_path, "vision", 2)
+    (tmp_path / "vision" / "settings.json").write_text(content)
+    assert main(["show", str(tmp_path), "--stage", "vision", "--pack", "0"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/vision/settings.json is damaged" in said
+    assert "restore it from a copy" in said
 
 
 COST = PackCost(1.0, 0.01, 0.5, 0.001)
