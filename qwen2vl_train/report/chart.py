@@ -6,6 +6,7 @@ browser's own; the script only repeats them at once beside the chart's name. Siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -144,8 +145,8 @@ class _Plot:
         elif points:
             path = self._path([(point.x, point.y) for point in points])
             marks.append(element("polyline", class_=color_class("line", curve.color), points=path, data_series=name))
-        for x in curve.non_finite:
-            marks.append(element("path", class_="lost", d=f"M{self._x(x):.1f} {TOP + 8}l-4 -7h8z", data_series=name))
+        for x in dict.fromkeys(round(self._x(x)) for x in curve.non_finite):  # one mark where they would cover another
+            marks.append(element("path", class_="lost", d=f"M{x} {TOP + 8}l-4 -7h8z", data_series=name))
         return marks
 
     def _path(self, points: Sequence[tuple[float, float]]) -> str:
@@ -157,11 +158,12 @@ class _Plot:
         steps = (self._end - self._start) / NUM_COLUMNS
         nearest: dict[int, dict[str, Point]] = {}
         for curve in self._chart.curves:
-            for point in curve.points:
+            lost = (Point(x, math.nan, math.nan, math.nan) for x in curve.non_finite)
+            for point in (*lost, *curve.points):  # a mark is told before the points beside it
                 column = min(NUM_COLUMNS - 1, int((point.x - self._start) / steps))
                 middle = self._start + (column + 0.5) * steps
                 known = nearest.setdefault(column, {}).get(curve.label)
-                if known is None or abs(point.x - middle) < abs(known.x - middle):
+                if known is None or (math.isfinite(known.y) and abs(point.x - middle) < abs(known.x - middle)):
                     nearest[column][curve.label] = point
         return [
             element(
@@ -185,5 +187,5 @@ class _Plot:
         for label, point in points.items():
             text = self._chart.value_text
             spread = f" ({text(point.low)} to {text(point.high)})" if point.low < point.high else ""
-            lines.append(f"{label} {text(point.y)}{spread}")
+            lines.append(f"{label} {text(point.y) if math.isfinite(point.y) else 'not finite'}{spread}")
         return "\n".join([head, *lines])

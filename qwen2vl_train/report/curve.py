@@ -46,7 +46,7 @@ def make_curve(label: str, color: int, values: Sequence[tuple[float, float]], ma
     """A curve through (x, y) `values` in order of x; values that are not finite are set apart."""
     finite = [(x, y) for x, y in values if math.isfinite(y)]
     lost = tuple(x for x, y in values if not math.isfinite(y))
-    return Curve(label, color, thin(finite, max_points), lost[:max_points], len(values))
+    return Curve(label, color, thin(finite, max_points), lost, len(values))
 
 
 def thin(values: Sequence[tuple[float, float]], max_points: int) -> tuple[Point, ...]:

@@ -6,6 +6,7 @@ time. A figure that this file does not know still gets a chart, so that a new me
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from qwen2vl_train.report.axis import Scale, linear_scale, loss_scale
 from qwen2vl_train.report.chart import Band, Chart
 from qwen2vl_train.report.curve import MAX_POINTS, make_curve
-from qwen2vl_train.report.figures import amount, count, loss, metric_title, percent
+from qwen2vl_train.report.figures import amount, count, is_number, loss, metric_title, percent
 from qwen2vl_train.report.folder import Stage
 from qwen2vl_train.report.markup import Html, element
 from qwen2vl_train.sections import SECTIONS, section_of
@@ -155,13 +156,16 @@ def _view(stages: Sequence[tuple[Stage, Series]], colors: _Colors) -> list[Html]
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> Series:
-    """(step, value) of each line by figure; NaN and infinities stay, the chart marks them."""
+    """(step, value) of each line by figure; null, which the monitor writes for NaN and infinities, is NaN again.
+
+    The chart marks these.
+    """
     columns: Series = {}
     for line in lines:
         step = line["step"]
         for key, value in line.items():
-            if isinstance(value, int | float) and key not in _IN_TABLES:
-                columns.setdefault(key, []).append((step, float(value)))
+            if key not in _IN_TABLES and (value is None or type(value) in (int, float)):
+                columns.setdefault(key, []).append((step, float(value) if is_number(value) else math.nan))
     return columns
 
 

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.report import print_summary, write_report
 from qwen2vl_train.report.axis import linear_scale, log_scale, loss_scale
+from qwen2vl_train.report.chart import WIDTH
 from qwen2vl_train.report.curve import MAX_POINTS, Point, make_curve, thin
 from qwen2vl_train.report.curves import rates_by_part
 from qwen2vl_train.report.figures import amount, count, duration, loss, percent
 from qwen2vl_train.report.folder import read_run
 from qwen2vl_train.report.markup import Html, element
+from qwen2vl_train.training.monitor import Monitor
 
 STAGES = {
     "language": (150, ["llm"], ["text"]),
@@ -465,6 +468,27 @@ def test_values_that_are_not_finite_are_set_apart():
     assert [point.x for point in curve.points] == [1, 4]
     assert curve.non_finite == (2, 3)
     assert not curve.thinned
+
+
+def test_what_the_monitor_logs_of_values_that_are_not_finite_is_marked_on_the_page(tmp_path):
+    monitor = Monitor(tmp_path, MonitorConfig("disabled"), {}, active=True)
+    for step in range(1, 11):
+        norm = float("inf") if step == 4 else 1.0
+        loss = float("nan") if step == 4 else 2.0 - step / 10
+        monitor.log("vision", step, {"loss": loss, "gradient_norm": norm, "tokens": 100 * step})
+    page = read_page(tmp_path)
+    assert len(page.all("path", class_="lost")) == 2
+    assert page.texts.count("▼ 1 value(s) not finite") == 2
+    assert "vision, step 4\nvision not finite" in page.texts
+    assert "vision, step 5\nvision 1.500" in page.texts
+
+
+def test_marks_that_would_cover_each_other_are_drawn_once_and_all_counted(tmp_path):
+    lines = [{"stage": "vision", "step": step, "loss": 1.0, "gradient_norm": None} for step in range(1, 5001)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read_page(tmp_path)
+    assert "▼ 5,000 value(s) not finite" in page.texts
+    assert len(page.all("path", class_="lost")) <= WIDTH
 
 
 def test_a_long_run_stays_a_light_page_that_says_it_was_thinned(tmp_path):
