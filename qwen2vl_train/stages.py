@@ -167,6 +167,7 @@ def _run_stage(
     tokenizer = TextTokenizer(run.data.tokenizer)
     if init is not None:
         world.from_main(lambda: refuse_other_model(init, name, config, tokenizer, monitor.warn))
+    world.from_main(lambda: result.unlink(missing_ok=True))  # its export is gone: this course has no result yet
     length = f"{stage.tokens:,} tokens in steps" if stage.tokens else f"{stage.steps} steps"
     monitor.console.print(
         f"[bold]{name}[/bold]: trains {', '.join(stage.trainable)} for {length} of {stage.packs_per_step} packs "

@@ -2,6 +2,7 @@
 
 Enters: the folder of a finished, running or interrupted run. Leaves: a `Run` with one `Stage` per stage of the chain,
 in order. What is missing is left out, what is unreadable is named in `Run.faults`: a failed run still has its report.
+A stage's result, removed when the stage is trained anew, means that it is finished, however its last figures fared.
 Cost: every line of `metrics.jsonl` is parsed once, about 10 µs each.
 """
 
@@ -121,29 +122,17 @@ def read_run(folder: Path) -> Run:
 def _read_stage(
     folder: Path, name: str, planned: Mapping[str, Any], lines: list[dict[str, Any]], faults: list[str]
 ) -> Stage:
-    training = sorted((line for line in lines if "loss" in line), key=lambda line: line["step"])
+    training = sorted((line for line in lines if _is_training(line)), key=lambda line: line["step"])
     evaluations = [(int(line["step"]), shares) for line in lines if (shares := _held_out_of(line))]
     steps, tokens = (_number(planned.get(unit)) for unit in ("steps", "tokens"))  # one of them is the stage's length
-    path = folder / name / "result.json"
-    result = _read_mapping(path, faults) if path.is_file() else {}
-    if result and training and training[-1]["step"] < (_number(result.get("steps")) or 0):
-        faults.append(
-            f"{path} says {result.get('steps')} steps, metrics.jsonl only {training[-1]['step']}: the stage was "
-            "started anew, its earlier result is left out"
-        )
-        result = {}
+    result = _read_mapping(folder / name / "result.json", faults)
     held_out, majority = _shares(result.get("held_out")), _shares(result.get("majority"))
     if not result and evaluations:  # without an evaluation in metrics.jsonl the file is from an earlier start
         scored = _read_mapping(folder / name / "held_out.json", faults)
         held_out, majority = _shares(scored.get("metrics")), _shares(scored.get("baseline"))
-    state: State = "finished" if result else "unfinished" if training else "waiting"
-    if state == "unfinished":
-        last = training[-1]
-        done = (_number(last.get("tokens")) or 0) >= tokens if tokens else steps is not None and last["step"] >= steps
-        state = "evaluating" if done else state
     return Stage(
         name=name,
-        state=state,
+        state="finished" if result else _state_of(training, steps, tokens),
         trained=tuple(str(part) for part in result.get("trained") or planned.get("trainable") or ()),
         planned_steps=int(steps) if steps else None,
         figures=_final_figures(result) if result else _figures_so_far(training),
@@ -152,6 +141,20 @@ def _read_stage(
         held_out=held_out or (evaluations[-1][1] if evaluations else {}),
         majority=majority,
     )
+
+
+def _state_of(training: list[dict[str, Any]], steps: float | None, tokens: float | None) -> State:
+    """Of a stage without a result; its length is `tokens` or else `steps`."""
+    if not training:
+        return "waiting"
+    last = training[-1]
+    done = (_number(last.get("tokens")) or 0) >= tokens if tokens else steps is not None and last["step"] >= steps
+    return "evaluating" if done else "unfinished"
+
+
+def _is_training(line: dict[str, Any]) -> bool:
+    """A line of a window of steps (one without labels has no loss); the others hold scores, or nothing scored."""
+    return len(line) > 2 and not any(key.startswith("held_out/") for key in line)  # more than stage and step
 
 
 def _final_figures(result: Mapping[str, Any]) -> Figures:
@@ -183,7 +186,7 @@ def _figures_so_far(lines: list[dict[str, Any]]) -> Figures:
         seconds += window / speed
         waited += window / speed * (_number(line.get("data_wait_share")) or 0.0)
         capacity += window / fill
-    losses = [number for line in lines if (number := _number(line["loss"])) is not None]
+    losses = [number for line in lines if (number := _number(line.get("loss"))) is not None]
     skipped = int(_number(lines[-1].get("skipped")) or 0)
     return Figures(
         steps=int(lines[-1]["step"]),

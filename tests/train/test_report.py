@@ -87,6 +87,12 @@ def make_run(folder: Path, *, done: int = 4, every: int = 10, pictures: int = 2,
     return folder
 
 
+def rewrite_lines(folder: Path, keep) -> None:
+    """Keep the lines of metrics.jsonl for which `keep`, which may change them, is true."""
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if keep(line)))
+
+
 def training_line(rng, name, step, steps, loss, parts, datasets) -> dict:
     rate = min(step / 20, 1) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
     line = {
@@ -429,16 +435,47 @@ def test_a_stage_of_so_many_tokens_has_trained_once_it_has_seen_them(tmp_path):
         assert (stage.state, stage.planned_steps) == (state, None)
 
 
-def test_a_stage_started_anew_does_not_show_its_old_result(tmp_path):
+def test_a_stage_started_anew_does_not_show_what_its_first_course_left(tmp_path):
     folder = make_run(tmp_path / "run")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    kept = [line for line in lines if json.loads(line)["stage"] != "instruct" or json.loads(line)["step"] <= 50]
-    (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    rewrite_lines(folder, lambda line: line["stage"] != "instruct" or line["step"] <= 50)
+    (folder / "instruct" / "result.json").unlink()  # as the chain does
+    write_json(folder / "instruct" / "held_out.json", {"metrics": {"ocr_exact": 0.9}, "baseline": MAJORITY})
     run = read_run(folder)
     assert [stage.state for stage in run.stages] == ["finished", "finished", "finished", "unfinished"]
     assert run.stages[3].held_out == {}
     assert not run.finished
-    assert "started anew" in run.faults[0]
+
+
+@pytest.mark.parametrize("lost", ["no room for its last lines", "no labels in its last window"])
+def test_a_result_counts_whatever_became_of_the_stages_last_figures(tmp_path, lost):
+    folder = make_run(tmp_path / "run")
+    late = ("instruct", 200)
+    if lost == "no room for its last lines":
+        rewrite_lines(folder, lambda line: (line["stage"], line["step"]) <= late or line["stage"] != late[0])
+    else:
+        rewrite_lines(folder, lambda line: (line["stage"], line["step"]) < late or not line.pop("loss", None) or line)
+    run = read_run(folder)
+    assert run.faults == []
+    assert [stage.state for stage in run.stages] == ["finished"] * 4
+    assert run.stages[3].figures.steps == 250
+    assert set(run.stages[3].held_out) == set(TASKS.values())
+
+
+def test_a_window_without_labels_counts_with_all_but_a_loss(tmp_path):
+    write_json(tmp_path / "config.json", {"chain": ["vision"], "stages": {"vision": {"steps": 3}}})
+    lines = [
+        {"stage": "vision", "step": 1, "loss": 4.0, "tokens": 100, "tokens_per_s": 50, "fill": 1.0},
+        {"stage": "vision", "step": 2, "tokens": 200, "tokens_per_s": 100, "fill": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stage,) = read_run(tmp_path).stages
+    assert (stage.figures.steps, stage.figures.tokens, stage.figures.seconds) == (2, 200, 3.0)
+    assert stage.figures.loss_last == 4.0
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "vision", "step": 3, "tokens": 300}\n')
+        file.write('{"stage": "vision", "step": 3}\n')  # an evaluation that had nothing to score
+    (stage,) = read_run(tmp_path).stages
+    assert (stage.state, stage.figures.tokens) == ("evaluating", 300)
 
 
 def test_a_stage_that_has_trained_but_not_been_scored_says_so(tmp_path):

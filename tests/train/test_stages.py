@@ -4,11 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from data_pipelines.errors import UserError
+from qwen2vl_train import stages
 from qwen2vl_train.config import ConfigError
 from qwen2vl_train.course import (
     initial_weights,
@@ -23,7 +26,7 @@ from qwen2vl_train.export import CHECKSUMS, fingerprint
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.weights import save_hf
 from qwen2vl_train.overrides import load_config
-from qwen2vl_train.stages import _leave_course, _open_run, _summarise
+from qwen2vl_train.stages import _leave_course, _open_run, _run_stage, _summarise
 from qwen2vl_train.training.clock import RunClock
 from qwen2vl_train.training.kept import write_json
 from qwen2vl_train.training.lock import RunLock
@@ -234,6 +237,33 @@ def test_a_stage_that_starts_anew_leaves_nothing_of_the_old_course_unless_it_can
     export(tmp_path, "language", 1.0)
     _leave_course(run, "vision", "none")
     assert not list(folder.iterdir())
+
+
+def test_a_stage_whose_export_is_gone_is_trained_again_without_its_old_result(tmp_path, monkeypatch):
+    folder = tmp_path / "language"
+    write_json(folder / "result.json", {"steps": 150})
+    at_first_step = []
+
+    class Began(Exception):
+        pass
+
+    def begin(*_):
+        at_first_step.extend(path.name for path in folder.iterdir())
+        raise Began
+
+    monkeypatch.setattr(stages, "TextTokenizer", lambda _: None)
+    monkeypatch.setattr(stages, "index_data", lambda *_: None)
+    monkeypatch.setattr(stages, "Trainer", lambda *_: SimpleNamespace(fit=begin))
+    stop, watchdog = SimpleNamespace(obey=lambda *_: None), SimpleNamespace(note=lambda *_, **__: None)
+    monitor = SimpleNamespace(console=Console(quiet=True))
+    alone = SimpleNamespace(size=1, restarted=False, from_main=lambda work: work())
+    with pytest.raises(Began):
+        _run_stage(demo(tmp_path), "language", ModelConfig(), alone, monitor, stop, watchdog)
+    assert "result.json" not in at_first_step
+    write_json(folder / "result.json", {"steps": 150})
+    write_json(folder / "export" / "config.json", {})
+    assert not _run_stage(demo(tmp_path), "language", ModelConfig(), alone, monitor, stop, watchdog)
+    assert (folder / "result.json").is_file()
 
 
 def test_a_named_checkpoint_is_taken_under_other_rates_but_not_with_other_groups_of_parameters(tmp_path):
