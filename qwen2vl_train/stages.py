@@ -77,7 +77,7 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: S
             trained = [_run_stage(run, name, config, world, monitor, stop, watchdog) for name in run.chain]
             watchdog.note("writing the summary")
             world.from_main(lambda: _summarise(run, folder, monitor.clock.seconds() / 60, any(trained)))
-            write_report_on_main(folder, world)
+            world.from_main(lambda: _write_page(folder, monitor))
     finally:
         error = sys.exc_info()[1]
         monitor.close(failed=error is not None and not isinstance(error, Preempted))
@@ -330,6 +330,12 @@ def _summarise(run: RunConfig, folder: Path, minutes: float, trained: bool) -> N
     )
 
 
-def write_report_on_main(folder: Path, world: World) -> None:
-    """The HTML page of the run, written by rank 0 alone. Collective."""
-    world.from_main(lambda: write_report(folder))
+def _write_page(folder: Path, monitor: Monitor) -> None:
+    """The HTML page of the run. It is for watching: the run has finished and does not fail over it."""
+    try:
+        write_report(folder)
+    except Exception as error:  # whatever earlier runs have left in the folder, or the disk has no room for
+        monitor.warn(
+            f"report.html cannot be written ({type(error).__name__}: {error}), the run is finished all the same; "
+            f"qwen2vl report {folder} tries again"
+        )

@@ -27,8 +27,11 @@ def metric_title(name: str) -> str:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """A finite int or float (bool is none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite int or float (bool is none, nor is an int beyond the floats, 10**400)."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def percent(share: object, decimals: int = 1) -> str:

@@ -9,12 +9,12 @@ Cost: every line of `metrics.jsonl` is parsed once, about 10 µs each.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.errors import MissingFileError
+from qwen2vl_train.report.document import Document, read_document
 from qwen2vl_train.report.figures import is_number
 
 State = Literal["finished", "evaluating", "unfinished", "waiting"]
@@ -89,13 +89,13 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is no folder; give the run_dir of a run, e.g. runs/demo")
     faults: list[str] = []
-    config = _read_mapping(folder / "config.json", faults)
-    summary = _read_mapping(folder / "summary.json", faults)
+    config = read_document(folder / "config.json", faults)
+    summary = read_document(folder / "summary.json", faults)
     lines = _read_lines(folder / "metrics.jsonl", faults)
-    planned = _mapping(config.get("stages"))
-    names = dict.fromkeys([*planned, *(str(line["stage"]) for line in lines)])
+    planned = config.inner("stages")
+    names = dict.fromkeys([*planned.values, *(str(line["stage"]) for line in lines)])
     names |= dict.fromkeys(sorted(path.parent.name for path in folder.glob("*/result.json")))
-    if not config and not lines and not any((folder / name / "result.json").is_file() for name in names):
+    if not config.values and not lines and not any((folder / name / "result.json").is_file() for name in names):
         raise MissingFileError(
             f"{folder} holds no config.json, metrics.jsonl or STAGE/result.json: it is no run's folder; "
             "give the run_dir of a run, e.g. runs/demo"
@@ -103,39 +103,38 @@ def read_run(folder: Path) -> Run:
     by_stage: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for line in lines:
         by_stage[str(line["stage"])].append(line)
-    stages = [_read_stage(folder, name, _mapping(planned.get(name)), by_stage[name], faults) for name in names]
-    chain = tuple(str(name) for name in config.get("chain") or ()) or tuple(names)
+    stages = [_read_stage(folder, name, planned.inner(name), by_stage[name], faults) for name in names]
+    chain = config.texts("chain") or tuple(names)
     metrics = folder / "metrics.jsonl"
     return Run(
         folder=folder,
-        config=config,
-        environment=_read_mapping(folder / "environment.json", faults),
+        config=dict(config.values),
+        environment=dict(read_document(folder / "environment.json", faults).values),
         stages=[stage for stage in stages if stage.state != "waiting" or stage.name in chain],
         chain=chain,
-        minutes=_number(summary.get("minutes")),
-        export=str(summary["export"]) if summary.get("export") else None,
+        minutes=summary.number("minutes"),
+        export=summary.text("export"),
         last_logged=metrics.stat().st_mtime if metrics.is_file() else None,
         faults=faults,
     )
 
 
-def _read_stage(
-    folder: Path, name: str, planned: Mapping[str, Any], lines: list[dict[str, Any]], faults: list[str]
-) -> Stage:
+def _read_stage(folder: Path, name: str, planned: Document, lines: list[dict[str, Any]], faults: list[str]) -> Stage:
     training = sorted((line for line in lines if _is_training(line)), key=lambda line: line["step"])
     evaluations = [(int(line["step"]), shares) for line in lines if (shares := _held_out_of(line))]
-    steps, tokens = (_number(planned.get(unit)) for unit in ("steps", "tokens"))  # one of them is the stage's length
-    result = _read_mapping(folder / name / "result.json", faults)
-    held_out, majority = _shares(result.get("held_out")), _shares(result.get("majority"))
-    if not result and evaluations:  # without an evaluation in metrics.jsonl the file is from an earlier start
-        scored = _read_mapping(folder / name / "held_out.json", faults)
-        held_out, majority = _shares(scored.get("metrics")), _shares(scored.get("baseline"))
+    steps, tokens = planned.number("steps"), planned.number("tokens")  # one of them is the stage's length
+    result = read_document(folder / name / "result.json", faults)
+    done = bool(result.values)
+    held_out, majority = result.numbers("held_out"), result.numbers("majority")
+    if not done and evaluations:  # without an evaluation in metrics.jsonl the file is from an earlier start
+        scored = read_document(folder / name / "held_out.json", faults)
+        held_out, majority = scored.numbers("metrics"), scored.numbers("baseline")
     return Stage(
         name=name,
-        state="finished" if result else _state_of(training, steps, tokens),
-        trained=tuple(str(part) for part in result.get("trained") or planned.get("trainable") or ()),
+        state="finished" if done else _state_of(training, steps, tokens),
+        trained=result.texts("trained") or planned.texts("trainable"),
         planned_steps=int(steps) if steps else None,
-        figures=_final_figures(result) if result else _figures_so_far(training),
+        figures=_final_figures(result) if done else _figures_so_far(training),
         lines=training,
         evaluations=evaluations,
         held_out=held_out or (evaluations[-1][1] if evaluations else {}),
@@ -157,14 +156,13 @@ def _is_training(line: dict[str, Any]) -> bool:
     return len(line) > 2 and not any(key.startswith("held_out/") for key in line)  # more than stage and step
 
 
-def _final_figures(result: Mapping[str, Any]) -> Figures:
+def _final_figures(result: Document) -> Figures:
     names = [field.name for field in fields(Figures) if field.name not in ("steps", "skipped")]
-    steps = _number(result.get("steps"))
-    skipped = {str(reason): int(number) for reason, number in _mapping(result.get("skipped")).items() if number}
+    steps = result.number("steps")
     return Figures(
         steps=None if steps is None else int(steps),
-        skipped=skipped,
-        **{name: _number(result.get(name)) for name in names},
+        skipped={reason: int(number) for reason, number in result.numbers("skipped").items() if number},
+        **{name: result.number(name) for name in names},
     )
 
 
@@ -202,19 +200,9 @@ def _figures_so_far(lines: list[dict[str, Any]]) -> Figures:
     )
 
 
-def _held_out_of(line: Mapping[str, Any]) -> dict[str, float]:
-    return _shares({key.removeprefix("held_out/"): value for key, value in line.items() if key.startswith("held_out/")})
-
-
-def _read_mapping(path: Path, faults: list[str]) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        faults.append(f"{path} cannot be read: {error}")
-        return {}
-    return value if isinstance(value, dict) else {}
+def _held_out_of(line: dict[str, Any]) -> dict[str, float]:
+    scores = {key.removeprefix("held_out/"): value for key, value in line.items() if key.startswith("held_out/")}
+    return {name: float(share) for name, share in scores.items() if is_number(share)}
 
 
 def _read_lines(path: Path, faults: list[str]) -> list[dict[str, Any]]:
@@ -238,17 +226,10 @@ def _read_lines(path: Path, faults: list[str]) -> list[dict[str, Any]]:
 def _parse_line(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) and "stage" in line else None
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _shares(value: object) -> dict[str, float]:
-    return {str(name): float(share) for name, share in _mapping(value).items() if is_number(share)}
+    whole = isinstance(line, dict) and "stage" in line and isinstance(line.get("step"), int) and is_number(line["step"])
+    return line if whole else None
 
 
 def _number(value: object) -> float | None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from qwen2vl_train.report.document import Document, read_json
 from qwen2vl_train.report.figures import is_number, metric_title
 from qwen2vl_train.report.folder import Run
 from qwen2vl_train.report.markup import Html, element
@@ -136,30 +135,22 @@ class _Album:
 
 def _read(run: Run, stage: str, album: _Album) -> Iterable[_Sample]:
     folder = run.folder / stage / "pictures"
-    try:
-        rows = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        run.faults.append(f"{folder / 'samples.json'} cannot be read: {error}")
-        return
-    for row in rows if isinstance(rows, list) else ():
-        if not isinstance(row, dict):
-            continue
-        name = str(row.get("file") or "")
+    path = folder / "samples.json"
+    for row in Document(str(path), {"samples": read_json(path, run.faults)}, run.faults).objects("samples"):
+        name = row.text("file") or ""
         inside = bool(name) and Path(name).name == name  # a name, not a path that leads elsewhere
-        text = {key: str(row.get(key) or "") for key in ("task", "key", "prompt", "truth", "prediction")}
+        text = {key: row.text(key) or "" for key in ("task", "key", "prompt", "truth", "prediction")}
         picture = album.add(folder / name) if inside else None
-        yield _Sample(stage, correct=bool(row.get("correct")), picture=picture, boxes=tuple(_boxes(row)), **text)
+        yield _Sample(stage, correct=bool(row.values.get("correct")), picture=picture, boxes=tuple(_boxes(row)), **text)
 
 
-def _boxes(row: Mapping[str, Any]) -> Iterable[tuple[tuple[float, ...], bool]]:
+def _boxes(row: Document) -> Iterable[tuple[tuple[float, ...], bool]]:
     """Boxes of four finite numbers; a predicted box may have its corners swapped, SVG wants them in order."""
-    for box in row.get("boxes") or ():
-        corners = box.get("xyxy") if isinstance(box, dict) else None
+    for box in row.objects("boxes"):
+        corners = box.values.get("xyxy")
         if isinstance(corners, list) and len(corners) == 4 and all(is_number(value) for value in corners):
             (left, right), (top, bottom) = sorted(corners[0::2]), sorted(corners[1::2])
-            yield (left, top, right, bottom), bool(box.get("predicted"))
+            yield (left, top, right, bottom), bool(box.values.get("predicted"))
 
 
 def _card(sample: _Sample) -> Html:

@@ -6,15 +6,16 @@ Enters: `summary.json`. Leaves: printed lines; the last one is the path of `summ
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen2vl_train.report.document import Document
 from qwen2vl_train.report.figures import MISSING, amount, count, loss, percent
 
 LOG_WIDTH = 120  # columns where no terminal says how wide it is; a wider table gets what it needs
@@ -29,29 +30,33 @@ def print_summary(summary_path: Path) -> None:
     Raises:
         FileNotFoundError: there is no such file; the run has not ended.
     """
-    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    faults: list[str] = []
+    summary = Document(str(summary_path), json.loads(summary_path.read_text(encoding="utf-8")), faults)
     console = Console()
     plain = not console.encoding.lower().startswith("utf")  # a log in ASCII must not break on an arrow
-    stages = summary.get("stages") or {}
-    names, training, held_out = [*stages, "majority"], _training(stages), _held_out(stages)
+    stages = summary.inner("stages")
+    rows = [stages.inner(name) for name in stages.values]
+    names, training, held_out = [*stages.values, "majority"], _training(rows), _held_out(rows)
     whole = _table(names, training + held_out, plain)
     width = Console(width=10_000).measure(whole).maximum
     if not console.is_terminal:
         console = Console(width=max(LOG_WIDTH, width))
     tables = [whole]
     if width > console.width and held_out:
-        tables = [_table(list(stages), training, plain), _table(names, held_out, plain)]
+        tables = [_table(names[:-1], training, plain), _table(names, held_out, plain)]
     console.print()
     for table in tables:
         console.print(table)
-    if stale := summary.get("stale"):
+    if stale := summary.texts("stale"):
         _print_line(console, f"stale    {', '.join(stale)}: begun with weights that were trained anew since")
-    minutes = summary.get("minutes")
+    minutes = summary.number("minutes")
     if minutes is not None:
         _print_line(console, f"minutes  {minutes:.1f}")
     for name in ("report", "export"):
-        if summary.get(name):
-            _print_line(console, f"{name:<7}  {summary[name]}")
+        if path := summary.text(name):
+            _print_line(console, f"{name:<7}  {path}")
+    for fault in faults:
+        _print_line(console, f"left out {fault}")
     _print_line(console, str(summary_path.resolve()))
 
 
@@ -60,26 +65,26 @@ def _print_line(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def _training(stages: Mapping[str, Mapping[str, Any]]) -> Columns:
-    rows = list(stages.values())
+def _training(rows: Sequence[Document]) -> Columns:
+    losses = [(row.number("loss_first"), row.number("loss_last")) for row in rows]
     return [
-        ("trains", [" ".join(row.get("trained") or ()) for row in rows]),
-        ("tokens", [amount(row.get("tokens")) for row in rows]),
-        ("loss", [f"{loss(row.get('loss_first'))} → {loss(row.get('loss_last'))}" for row in rows]),
-        ("tokens/s", [count(row.get("tokens_per_s")) for row in rows]),
-        ("fill", [percent(row.get("fill")) for row in rows]),
+        ("trains", [" ".join(row.texts("trained")) for row in rows]),
+        ("tokens", [amount(row.number("tokens")) for row in rows]),
+        ("loss", [f"{loss(first)} → {loss(last)}" for first, last in losses]),
+        ("tokens/s", [count(row.number("tokens_per_s")) for row in rows]),
+        ("fill", [percent(row.number("fill")) for row in rows]),
     ]
 
 
-def _held_out(stages: Mapping[str, Mapping[str, Any]]) -> Columns:
+def _held_out(rows: Sequence[Document]) -> Columns:
     """A column per metric, "caption" over "exact"; its last cell is the majority baseline."""
-    rows = list(stages.values())
-    metrics = dict.fromkeys(name for row in rows for name in row.get("held_out") or ())
-    majority = {name: share for row in rows for name, share in (row.get("majority") or {}).items()}
+    scores = [row.numbers("held_out") for row in rows]
+    metrics = dict.fromkeys(name for shares in scores for name in shares)
+    majority = {name: share for row in rows for name, share in row.numbers("majority").items()}
     return [
         (
             metric.replace("_", "\n"),
-            [percent((row.get("held_out") or {}).get(metric)) for row in rows] + [percent(majority.get(metric))],
+            [percent(shares.get(metric)) for shares in scores] + [percent(majority.get(metric))],
         )
         for metric in metrics
     ]

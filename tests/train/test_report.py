@@ -297,6 +297,42 @@ def test_an_unreadable_file_is_named_on_the_page(tmp_path, broken):
     assert any(str(folder / broken) in text for text in page.texts)
 
 
+DAMAGED = {
+    "a chain that is a number": ("config.json", {"chain": 5, "stages": {}}, "chain is 5, no list of texts"),
+    "stages in a list": ("config.json", {"stages": ["vision"]}, "stages is ['vision'], no object"),
+    "a length in words": ("config.json", {"stages": {"vision": {"steps": "ten"}}}, "vision: steps is 'ten', no number"),
+    "a length beyond the floats": ("config.json", {"stages": {"vision": {"steps": 10**400}}}, "steps is 1000"),
+    "a list for an object": ("config.json", [1], "it holds no JSON object"),
+    "minutes in words": ("summary.json", {"minutes": "two"}, "minutes is 'two', no number"),
+    "a reason without a count": ("vision/result.json", {"skipped": {"a": "x"}}, "skipped: a is 'x', no number"),
+    "parts that are a number": ("vision/result.json", {"steps": 1, "trained": 3}, "trained is 3, no list of texts"),
+    "scores in a list": ("vision/result.json", {"held_out": [1]}, "held_out is [1], no object"),
+    "boxes that are a number": ("vision/pictures/samples.json", [{"boxes": 5}], "samples, 0: boxes is 5, no list"),
+    "no list of samples": ("vision/pictures/samples.json", {"a": 1}, "samples is {'a': 1}, no list"),
+    "nesting without end": ("vision/pictures/samples.json", "[" * 100_000, "recursion"),
+}
+
+
+@pytest.mark.parametrize(("file", "value", "said"), DAMAGED.values(), ids=DAMAGED)
+def test_a_value_of_another_type_is_named_on_the_page_and_costs_only_itself(tmp_path, file, value, said):
+    folder = make_run(tmp_path / "run", done=2, pictures=1)
+    (folder / file).write_text(value if isinstance(value, str) else json.dumps(value))
+    page = read_page(folder)
+    (fault,) = [text for text in page.texts if said in text]
+    assert fault.startswith(str(folder / file))
+    assert "150" in page.texts  # the other stage's steps
+
+
+def test_a_number_beyond_the_floats_in_a_line_costs_the_page_nothing(tmp_path):
+    folder = make_run(tmp_path / "run", done=1)
+    huge = {"stage": "vision", "step": 130, "loss": 1.0, "tokens": 10**400, "gradient_norm": 10**400}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(huge) + "\n" + json.dumps(huge | {"step": 10**400}) + "\n")
+    text = "\n".join(read_page(folder).texts)
+    assert "▼ 1 value(s) not finite" in text
+    assert "1 unreadable line(s) left out" in text
+
+
 def test_a_line_being_written_is_left_out_without_a_word_and_a_broken_one_is_counted(tmp_path):
     folder = make_run(tmp_path / "run", done=1)
     metrics = folder / "metrics.jsonl"
@@ -650,6 +686,19 @@ def test_summary_of_a_run_without_scores_still_prints_and_names_what_is_stale(tm
     assert "2.000 → –" in out
     assert "stale    instruct: begun with weights that were trained anew since" in out
     assert out.splitlines()[-1] == str(tmp_path / "summary.json")
+
+
+def test_summary_leaves_out_and_names_what_a_damaged_result_has_brought_into_it(tmp_path, capsys):
+    damaged = {"trained": 3, "tokens": "many", "held_out": 1, "loss_last": 0.5}
+    sound = {"trained": ["llm"], "tokens": 10, "held_out": {"ocr_exact": 0.5}}
+    write_json(tmp_path / "summary.json", {"stages": {"vision": damaged, "instruct": sound}, "minutes": "two"})
+    print_summary(tmp_path / "summary.json")
+    lines = capsys.readouterr().out.splitlines()
+    place = f"left out {tmp_path / 'summary.json'}"
+    assert f"{place}, stages, vision: trained is 3, no list of texts" in lines
+    assert f"{place}: minutes is 'two', no number" in lines
+    assert next(line.split() for line in lines if "instruct" in line)[-1] == "50.0%"
+    assert lines[-1] == str(tmp_path / "summary.json")
 
 
 def test_summary_prints_in_an_ascii_log_and_torch_is_not_loaded(tmp_path):

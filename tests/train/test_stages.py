@@ -26,7 +26,7 @@ from qwen2vl_train.export import CHECKSUMS, fingerprint
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.weights import save_hf
 from qwen2vl_train.overrides import load_config
-from qwen2vl_train.stages import _leave_course, _open_run, _run_stage, _summarise
+from qwen2vl_train.stages import _leave_course, _open_run, _run_stage, _summarise, _write_page
 from qwen2vl_train.training.clock import RunClock
 from qwen2vl_train.training.kept import write_json
 from qwen2vl_train.training.lock import RunLock
@@ -264,6 +264,20 @@ def test_a_stage_whose_export_is_gone_is_trained_again_without_its_old_result(tm
     write_json(folder / "export" / "config.json", {})
     assert not _run_stage(demo(tmp_path), "language", ModelConfig(), alone, monitor, stop, watchdog)
     assert (folder / "result.json").is_file()
+
+
+def test_a_page_that_cannot_be_made_does_not_fail_a_finished_run(tmp_path, monkeypatch):
+    said = []
+    for error in (TypeError("'int' object is not iterable"), OSError(28, "No space left on device")):
+
+        def fail(_, error=error):
+            raise error
+
+        monkeypatch.setattr(stages, "write_report", fail)
+        _write_page(tmp_path, SimpleNamespace(warn=said.append))
+    assert "TypeError: 'int' object is not iterable" in said[0]
+    assert "No space left on device" in said[1]
+    assert all(f"qwen2vl report {tmp_path}" in text for text in said)
 
 
 def test_a_named_checkpoint_is_taken_under_other_rates_but_not_with_other_groups_of_parameters(tmp_path):
