@@ -1,6 +1,7 @@
 """Requests through fsspec: one file system a process, what is tried again, what is given up.
 
-Enters: URLs and `RemoteConfig`. Leaves: file systems, listings, whole bodies; errors with the URL but not its query.
+Enters: URLs and `RemoteConfig`. Leaves: file systems, listings, whole bodies; errors with the URL but not its query or
+password.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import fsspec
 
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
-from data_pipelines.shards.names import public_name
+from data_pipelines.shards.names import WEB, public_name
 
 T = TypeVar("T")
-WEB = ("http", "https")
 _LOG = logging.getLogger(__name__)
 _MAX_PAUSE_S = 30.0
 _QUIET_S = 5.0  # hiccups that pass sooner are nobody's concern
-_QUERY = re.compile(r"\?[^\s'\"]*")  # of a URL: signatures and tokens stay out of messages
+# Of a URL, what stays out of messages: users with their passwords, and the query with its signatures and tokens.
+_SECRET = re.compile(r"(?<=://)[^\s'\"/?]*@|\?[^\s'\"]*")
 _PASSING = (408, 425, 429)  # and all from 500 on
 # What botocore, google.auth and azure say where nobody is logged in, by name, for these packages are optional.
 _CREDENTIALS = {
@@ -175,7 +176,7 @@ def _explain(error: BaseException) -> str:
     status = getattr(cause, "status", None)
     if isinstance(status, int):
         return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
-    words = _QUERY.sub("", f"{type(cause).__name__}: {cause}").rstrip(": ")
+    words = _SECRET.sub("", f"{type(cause).__name__}: {cause}").rstrip(": ")
     if _lacks_credentials(error):
         words += ". Give credentials as its plugin finds them (s3: AWS_PROFILE or AWS_ACCESS_KEY_ID; gcs: gcloud auth)"
     return words

@@ -4,12 +4,14 @@ web-00000.tar                      a webdataset tar
 train.jsonl                        records, one a line; they name media relative to the file's own folder
 train.jsonl::/data/images          the same, media relative to /data/images
 https://host/web-00000.tar?sig=…   a tar behind a URL; the query may hold a signature, and is shown nowhere
+https://user:word@host/a.tar       the same behind a password, which is shown nowhere either
 """
 
 from __future__ import annotations
 
 import os
 
+WEB = ("http", "https")
 LINES_EXTENSIONS = (".jsonl", ".ndjson")
 _SEPARATOR = "::"
 
@@ -20,8 +22,20 @@ def is_remote(shard: str) -> bool:
 
 
 def public_name(shard: str) -> str:
-    """The shard as messages, ledgers and pages name it: a URL without its query."""
-    return shard.partition("?")[0] if is_remote(shard) else shard
+    """The shard as messages, ledgers and pages name it: a URL without its query and without passwords.
+
+    On the web the user goes, too, for it may be a token; elsewhere it may name a place.
+
+    >>> public_name("https://user:word@host/a.tar?sig=1"), public_name("abfs://box@account/a.tar")
+    ('https://host/a.tar', 'abfs://box@account/a.tar')
+    """
+    if not is_remote(shard):
+        return shard
+    scheme, _, rest = shard.partition("?")[0].partition("://")
+    place, slash, path = rest.partition("/")
+    user, at, host = place.rpartition("@")
+    user = "" if scheme.lower() in WEB else user.partition(":")[0] + at
+    return f"{scheme}://{user}{host}{slash}{path}"
 
 
 def changed_since(shard: str) -> str:

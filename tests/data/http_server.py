@@ -1,5 +1,6 @@
 """A real HTTP server on loopback that misbehaves on request."""
 
+import gzip
 import socket
 import threading
 import time
@@ -9,12 +10,18 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
+
+DATA = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
+
 
 @dataclass
 class Faults:
     """How the server behaves. `busy` and `cut` count down over GET requests; `requests` counts what came, by kind."""
 
     ranges: bool = True
+    first_bytes: bool = False  # a range is answered with as many bytes from the start, and says so
+    gzips: str = ""  # bodies, not what HEAD tells of them: "asked" where the client takes it, "always"
     busy: int = 0  # so many requests are answered 503
     cut: int = 0  # so many answers end in the middle, the connection closed
     delay_s: float = 0.0  # before each answer
@@ -36,7 +43,10 @@ class Faults:
 
 @contextmanager
 def serve(folder: Path):
-    """(address, faults) of a server of the files in `folder`; folders are listed as links."""
+    """(address, faults) of a server of the files in `folder`; folders are listed as links.
+
+    A file may have a query in its name; of others the query is ignored. What is below /moved/ is redirected.
+    """
     faults = Faults()
 
     class Handler(BaseHTTPRequestHandler):
@@ -63,12 +73,15 @@ def serve(folder: Path):
             with faults.lock:
                 faults.requests[self.command, "range" if self.headers.get("Range") else "whole"] += 1
             time.sleep(faults.delay_s)
-            path = folder / self.path.partition("?")[0].lstrip("/")
+            path = folder / self.path.lstrip("/")
+            path = path if path.is_file() else folder / self.path.partition("?")[0].lstrip("/")
             if body and faults.take("stall"):
                 time.sleep(5)
                 self.hang_up()
                 return
-            if body and faults.take("busy"):
+            if self.path.startswith("/moved/"):
+                self.reply(302, b"", body, extra={"Location": self.path.removeprefix("/moved")})
+            elif body and faults.take("busy"):
                 self.reply(503, b"busy", body)
             elif path.is_dir():
                 links = "".join(f'<a href="{entry.name}">{entry.name}</a>' for entry in sorted(path.iterdir()))
@@ -86,9 +99,13 @@ def serve(folder: Path):
         def reply_file(self, data, body):
             wanted = self.headers.get("Range")
             if wanted and faults.ranges:
-                first, last = wanted.removeprefix("bytes=").split("-")
-                part = data[int(first) : int(last) + 1]
+                first, last = (int(place) for place in wanted.removeprefix("bytes=").split("-"))
+                if faults.first_bytes:
+                    first, last = 0, last - first
+                part = data[first : last + 1]
                 self.reply(206, part, body, extra={"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+            elif body and (faults.gzips == "always" or (faults.gzips and "gzip" in self.headers["Accept-Encoding"])):
+                self.reply(200, gzip.compress(data, 1), body, extra={"Content-Encoding": "gzip"})
             else:
                 self.reply(200, data, body)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("aiohttp")
-from http_server import serve
+from http_server import DATA
 from test_loader import fingerprint
 
 from data_pipelines.cli import main
@@ -27,25 +27,6 @@ from data_pipelines.shards.cache import BlockCache
 from data_pipelines.shards.names import public_name
 from data_pipelines.shards.remote import RemoteFile, fetch_all
 from data_pipelines.shards.storage import LocalFile, expand_shards, open_shard
-
-DATA = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
-
-
-@pytest.fixture
-def remote(tmp_path):
-    """Small blocks, short pauses."""
-    return RemoteConfig(str(tmp_path / "cache"), cache_mb=2, block_kb=4, backoff_s=0.01, timeout_s=20.0)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(places, "SPARE_CACHE", tmp_path / "index")
-    monkeypatch.setenv("no_proxy", "*")
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "a.tar").write_bytes(DATA)
-    with serve(tmp_path / "www") as (address, faults):
-        yield address, faults
-
 
 FAULTS = {
     "well": {},
