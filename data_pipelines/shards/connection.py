@@ -22,6 +22,7 @@ import fsspec
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.shards.names import WEB, public_name
+from data_pipelines.shards.web import Stated, check_content
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ def _filesystem(scheme: str, timeout_s: float, process: int) -> Any:
         # Whole shards take longer than aiohttp's five minutes, so the deadline is for each wait on the connection;
         # ranges have their own for the whole request.
         waits = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-        options["client_kwargs"] = {"timeout": waits, "trust_env": True}
+        # A compressed reply has other ranges and another length than the file.
+        plain = {"Accept-Encoding": "identity"}
+        options["client_kwargs"] = {"timeout": waits, "trust_env": True, "headers": plain}
     return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
 
 
@@ -199,32 +202,36 @@ def list_urls(pattern: str, config: RemoteConfig) -> list[str]:
     return [url if "://" in url else str(files.unstrip_protocol(url)) for url in found]
 
 
-def stream_whole(url: str, config: RemoteConfig, offset: int = 0) -> Iterator[bytes]:
+def stream_whole(url: str, config: RemoteConfig, offset: int = 0, stated: Stated = ("", "")) -> Iterator[bytes]:
     """The bytes from `offset` on by one plain request; after a cut it begins anew and passes over what came before.
 
     Raises:
-        ShardError: no progress in all attempts.
+        ShardError: no progress in all attempts; "shard_changed": a web server states another version than `stated`.
     """
     name, position = public_name(url), offset
     trouble = _Trouble(name, config)
     while True:
         try:
-            for chunk in _chunks(url, config, position):
+            for chunk in _chunks(url, config, position, stated):
                 position += len(chunk)
                 trouble.over()
                 yield chunk
             return
+        except ShardError:
+            raise
         except Exception as error:
             if not trouble.may_pass(error):
                 raise ShardError(name, "read_failed", f"at byte {position}: {_explain(error)}") from error
 
 
-def _chunks(url: str, config: RemoteConfig, skip: int) -> Iterator[bytes]:
+def _chunks(url: str, config: RemoteConfig, skip: int, stated: Stated) -> Iterator[bytes]:
     """The body of one request, without its first `skip` bytes."""
     files, path = filesystem_of(url, config)
     # Of the web, a plain body (a size spares the question for it, and is not used); of others, their own buffered file.
     plain = {"block_size": 0, "size": 1} if is_web(url) else {}
     with closing(files.open(path, "rb", **plain)) as stream:
+        if is_web(url):
+            check_content(stream.r.headers, url, stated)
         while chunk := stream.read(config.block_kb << 10):
             if skip < len(chunk):
                 yield chunk[skip:]

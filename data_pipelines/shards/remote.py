@@ -4,8 +4,8 @@ Enters: a URL and `RemoteConfig`. Leaves: ranges of bytes, as from a local file.
 shard is opened, and one a block (4 MiB) that is not in the node's cache; neighbouring samples share blocks.
 
 Requests that fail for a while (no connection, cut answers, 408, 425, 429, 5xx, over the deadline) are repeated after
-growing pauses; what cannot get better (404, no permission) is an error at once. A server that ignores ranges is
-noticed, and its shard is read whole, into the cache.
+growing pauses; what cannot get better (404, no permission, other content than was opened) is an error at once. A server
+that ignores ranges is noticed, and its shard is read whole, into the cache.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from data_pipelines.shards.cache import BlockCache
 from data_pipelines.shards.connection import attempt, call, filesystem_of, is_web, stream_whole
 from data_pipelines.shards.names import public_name
 from data_pipelines.shards.tag import TAG_LENGTH, content_tag
+from data_pipelines.shards.web import NoRangesError, Stated, fetch_range
 
 T = TypeVar("T")
 READ_AHEAD = 4
@@ -52,7 +53,8 @@ class RemoteFile:
             )
         self.size: int = facts["size"]
         self.time_ns = 0
-        self.version = next((str(facts[name]) for name in _VERSIONS if facts.get(name)), "")
+        self._stated: Stated = next(((name, str(facts[name])) for name in _VERSIONS if facts.get(name)), ("", ""))
+        self.version = self._stated[1]
         digest = hashlib.blake2b(f"{self.name}\n{self.size}\n{self.version}\n{self._block}".encode(), digest_size=12)
         self._key = digest.hexdigest()
         self._cache = BlockCache(Path(config.cache_dir).expanduser(), config.cache_mb << 20)
@@ -107,7 +109,7 @@ class RemoteFile:
             return held.decode()
         try:
             tag = content_tag(self.size, lambda offset, size: self._range(offset, offset + size))
-        except _NoRangesError:
+        except NoRangesError:
             if self.version:
                 return hashlib.blake2b(f"{self.size} {self.version}".encode(), digest_size=8).hexdigest()
             return content_tag(self.size, self.read)
@@ -120,12 +122,12 @@ class RemoteFile:
         while offset < self.size and self._ranges:
             try:
                 data = self._range(offset, min(offset + self._block, self.size))
-            except _NoRangesError:
+            except NoRangesError:
                 break
             offset += len(data)
             yield data
         if offset < self.size:
-            yield from stream_whole(self._url, self._config, offset)
+            yield from stream_whole(self._url, self._config, offset, self._stated)
 
     def read_beside(self, name: str) -> bytes | None:
         """The whole file `name`, relative to the shard's folder; None where there is none (or the URL is signed)."""
@@ -174,7 +176,7 @@ class RemoteFile:
         try:
             with ThreadPoolExecutor(min(len(blocks), self._config.max_requests)) as pool:
                 return dict(zip(blocks, pool.map(self.fetch_block, blocks), strict=True))
-        except _NoRangesError:
+        except NoRangesError:
             return self._fetch_whole(blocks)
 
     def _fetch_whole(self, blocks: Sequence[int]) -> dict[int, bytes]:
@@ -194,7 +196,9 @@ class RemoteFile:
                 if data is not None:
                     found[block] = data
             if len(found) < len(blocks):
-                for number, data in enumerate(_in_blocks(stream_whole(self._url, self._config), self._block)):
+                for number, data in enumerate(
+                    _in_blocks(stream_whole(self._url, self._config, stated=self._stated), self._block)
+                ):
                     self._cache.put(self._block_name(number), data)
                     if number in blocks:
                         found[number] = data
@@ -209,15 +213,16 @@ class RemoteFile:
     def _range_once(self, start: int, end: int) -> bytes:
         if end == start:
             return b""
+        if not self._ranges:
+            raise NoRangesError(self.name, "no_ranges", "its server gives no ranges")
         if is_web(self._url):
-            # Not `cat_file`: that reads the whole body, however long, of a server that ignores the range.
             files, _ = filesystem_of(self._url, self._config)
-            file = files.open(self._url, size=self.size, cache_type="none")
+            wanted = (files, self._url, start, end, self.size, self._stated)
             try:
-                data = sync(files.loop, file.async_fetch_range, start, end, timeout=self._config.timeout_s)
-            except ValueError as error:
+                data = sync(files.loop, fetch_range, *wanted, timeout=self._config.timeout_s)
+            except NoRangesError:
                 self._ranges = False
-                raise _NoRangesError(self.name, "no_ranges", str(error)) from error
+                raise
         else:
             data = call(self._url, self._config, "cat_file", start=start, end=end)
         if len(data) != end - start:
@@ -228,10 +233,6 @@ class RemoteFile:
         return attempt(
             request, self._config, self.name, lambda error: ShardError(self.name, reason, f"{what}: {error}")
         )
-
-
-class _NoRangesError(ShardError):
-    """The server answers a range with the whole file."""
 
 
 def fetch_all(ranges: Sequence[tuple[RemoteFile, int, int]], max_requests: int) -> None:

@@ -1,5 +1,6 @@
 """Shards behind URLs: what is cached, indexed and read is of the content that was opened, or there is an error."""
 
+import shutil
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -7,6 +8,7 @@ import pytest
 
 pytest.importorskip("aiohttp")
 from http_server import DATA
+from test_remote import over_http, run
 
 from data_pipelines.errors import ShardError
 from data_pipelines.shards.connection import stream_whole
@@ -14,9 +16,111 @@ from data_pipelines.shards.names import public_name
 from data_pipelines.shards.remote import RemoteFile
 from data_pipelines.shards.storage import open_shard
 
+OTHER = DATA[::-1]
+
 
 def read_all(url, remote):
     return open_shard(url, remote).read(0, len(DATA))
+
+
+def ranges_asked(faults):
+    return faults.requests["GET", "range"]
+
+
+def test_a_range_other_than_the_one_asked_for_is_no_range(server, remote):
+    address, faults = server
+    faults.first_bytes = True
+    file = RemoteFile(f"{address}/a.tar", remote)
+    assert file.read(50_000, 9) == DATA[50_000:50_009]
+    assert faults.requests["GET", "whole"] == 1
+    faults.first_bytes = False
+    assert read_all(f"{address}/a.tar", remote) == DATA
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_content_replaced_behind_an_open_file_is_an_error_and_not_kept(server, remote, tmp_path, ranges):
+    address, faults = server
+    faults.ranges = ranges
+    file = RemoteFile(f"{address}/a.tar", remote)
+    path = tmp_path / "www" / "a.tar"
+    path.write_bytes(OTHER)
+    faults.etag = '"2"'
+    for read in (lambda: file.read(50_000, 9), lambda: list(file.stream())):
+        with pytest.raises(ShardError, match=r"a.tar was changed .*\[shard_changed\]"):
+            read()
+    path.write_bytes(DATA)
+    faults.etag = '"1"'
+    assert read_all(f"{address}/a.tar", remote) == DATA
+
+
+@pytest.mark.parametrize("size", [60_000, 110_000])
+def test_another_size_behind_an_open_file_is_an_error_without_any_version(server, remote, tmp_path, size):
+    address, faults = server
+    faults.etag = ""
+    file = RemoteFile(f"{address}/a.tar", remote)
+    assert file.read(0, 9) == DATA[:9]
+    (tmp_path / "www" / "a.tar").write_bytes(bytes(size))
+    with pytest.raises(ShardError, match="shard_changed"):
+        file.read(90_000, 9)
+
+
+def test_a_stream_that_begins_anew_goes_on_in_the_same_content_only(server, remote, tmp_path):
+    address, faults = server
+    faults.ranges, faults.cut = False, 2  # the answer to the range, and the whole
+    path = tmp_path / "www" / "long.tar"
+    path.write_bytes(DATA * 40)  # more than the client takes ahead of need: the cut comes after the first piece
+    stream = RemoteFile(f"{address}/long.tar", remote).stream()
+    assert DATA.startswith(next(stream))
+    path.write_bytes(OTHER * 40)
+    faults.etag = '"2"'
+    with pytest.raises(ShardError, match="shard_changed"):
+        list(stream)
+
+
+def test_a_weak_tag_of_the_same_content_is_the_same(server, remote):
+    address, faults = server
+    file = RemoteFile(f"{address}/a.tar", remote)
+    faults.etag = 'W/"1"'
+    assert file.read(0, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize("gzips", ["asked", "always"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_server_that_compresses_bodies_gives_the_same_bytes(server, remote, tmp_path, gzips, ranges):
+    address, faults = server
+    text = b"a tar of texts compresses well; " * 3000
+    (tmp_path / "www" / "t.tar").write_bytes(text)
+    faults.gzips, faults.ranges = gzips, ranges
+    file = open_shard(f"{address}/t.tar", replace(remote, retries=0))
+    assert file.read(40_000, 30_000) == text[40_000:70_000]
+    assert file.read(0, len(text)) == text
+    assert b"".join(RemoteFile(f"{address}/t.tar", remote).stream()) == text
+    assert b"".join(stream_whole(f"{address}/t.tar", remote)) == text
+
+
+def test_a_whole_file_in_answer_to_a_range_is_not_asked_for_again(server, remote):
+    address, faults = server
+    faults.ranges = False
+    assert read_all(f"{address}/a.tar", replace(remote, max_requests=1)) == DATA
+    assert (ranges_asked(faults), faults.requests["GET", "whole"]) == (1, 1)
+
+
+def test_redirects_are_followed(server, remote, tiny, tmp_path):
+    address, _ = server
+    assert read_all(f"{address}/moved/a.tar", remote) == DATA
+    assert b"".join(stream_whole(f"{address}/moved/a.tar", remote)) == DATA
+    for path in tiny.folder.glob("*.tar"):
+        shutil.copy(path, tmp_path / "www")
+    urls = [
+        [f"{address}/moved/{path.name}" for path in sorted(tiny.folder.glob(f"{name}-*.tar"))]
+        for name in ("pictures", "texts")
+    ]
+    config = over_http(tiny, address, remote)
+    sources = {
+        name: replace(source, shards=tuple(shards))
+        for (name, source), shards in zip(config.sources.items(), urls, strict=True)
+    }
+    assert run(replace(config, sources=sources), tiny, 2)[0] == run(tiny.config(), tiny, 2)[0]
 
 
 @pytest.mark.parametrize(
