@@ -29,7 +29,8 @@ from data_pipelines.shards.storage import REMOTE_DEFAULTS
 from data_pipelines.whole import write_whole
 
 _FORMAT = 2
-# Size, and times of the last change of the content and of the file; or size and version.
+# Size, and times of the last change of the content and of the file; or size and version, and the content's tag of a
+# remote shard whose name others may share.
 Stamp = list[int | str]
 
 
@@ -83,7 +84,7 @@ class Roll:
             for path in _places(folder, self._name):
                 entries = _load(path)
                 for shard in mine:
-                    entry = entries.get(_name(shard))
+                    entry = entries.get(self._name_of(shard))
                     if entry is not None and entry["stamp"] == self._stamps[shard]:
                         left_out = Counter(entry["left_out"])
                         self.known[shard] = Counts(entry["samples"], entry["usable"], left_out, (entry["mark"],))
@@ -95,7 +96,7 @@ class Roll:
         """
         for folder, mine in self._folders.items():
             new = {
-                _name(shard): {
+                self._name_of(shard): {
                     "stamp": self._stamps[shard],
                     "samples": counted[shard].num_samples,
                     "usable": counted[shard].usable,
@@ -110,6 +111,12 @@ class Roll:
                     content = {"format": _FORMAT, "shards": {**_load(path), **new}}
                     write_whole(path, json.dumps(content, separators=(",", ":")).encode())
                     break
+
+    def _name_of(self, shard: str) -> str:
+        """A shard in its folder; the same lines with media in another folder are another shard."""
+        path, root = split_name(public_name(shard))
+        shared = is_remote(shard) and public_name(shard) != shard
+        return os.path.basename(path) + root + (f"?{self._stamps[shard][-1]}" if shared else "")
 
 
 def _folder(shard: str) -> str:
@@ -129,12 +136,6 @@ def _stamps(shards: Sequence[str], remote: RemoteConfig) -> dict[str, Stamp]:
     return {shard: stamp for shard, stamp in stamps.items() if stamp is not None}
 
 
-def _name(shard: str) -> str:
-    """A shard in its folder; the same lines with media in another folder are another shard."""
-    path, root = split_name(public_name(shard))
-    return os.path.basename(path) + root
-
-
 def _stamp(shard: str) -> Stamp | None:
     try:
         facts = os.stat(file_of(shard))
@@ -149,9 +150,10 @@ def _remote_stamp(url: str, remote: RemoteConfig) -> Stamp | None:
 
     try:
         file = RemoteFile(url, remote)
+        tag = [file.tag()] if file.version and file.shares_name else []
     except ShardError:
         return None
-    return [file.size, file.version] if file.version else None
+    return [file.size, file.version, *tag] if file.version else None
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.index.places import side_places
@@ -32,7 +33,7 @@ def find_side_file(file: ShardFile, kind: str, facts: Mapping[str, Any], publish
     if found is None and published and is_remote(file.name):
         data = read_beside(file, f".index/{os.path.basename(file.name)}.{kind}")
         if data is not None:
-            (path,) = side_places(file.name, kind)
+            (path,) = _places(file, kind)
             write_whole(path, data)
             found = _find(file, kind, identity)
     return found
@@ -47,7 +48,7 @@ def keep_side_file(file: ShardFile, kind: str, facts: Mapping[str, Any], built: 
     """Write what was built where it belongs, with what says which content and `facts` it belongs to."""
     arrays, meta = built
     described = {**meta, **_identity(file), **facts, "time_ns": file.time_ns}
-    *beside, spare = side_places(file.name, kind)
+    *beside, spare = _places(file, kind)
     for path in beside:
         with suppress(OSError):  # a read-only data set
             write_columns(path, arrays, described)
@@ -61,9 +62,14 @@ def _identity(file: ShardFile) -> dict[str, Any]:
     return {"format": FORMAT, "size": file.size, "tag": file.tag()}
 
 
+def _places(file: ShardFile, kind: str) -> list[Path]:
+    """Where the side file may lie; shards that share a name (`get?id=1`, `get?id=2`) have their own by their tags."""
+    return side_places(file.name, f"{file.tag()}.{kind}" if file.shares_name else kind)
+
+
 def _find(file: ShardFile, kind: str, identity: Mapping[str, Any]) -> Columns | None:
     found = []
-    for path in side_places(file.name, kind):
+    for path in _places(file, kind):
         with suppress(ColumnError):
             columns = Columns(path)
             if all(columns.meta.get(name) == value for name, value in identity.items()):

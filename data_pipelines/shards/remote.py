@@ -6,6 +6,10 @@ shard is opened, and one a block (4 MiB) that is not in the node's cache; neighb
 Requests that fail for a while (no connection, cut answers, 408, 425, 429, 5xx, over the deadline) are repeated after
 growing pauses; what cannot get better (404, no permission, other content than was opened) is an error at once. A server
 that ignores ranges is noticed, and its shard is read whole, into the cache.
+
+What is cached is named by the content: by its name, size and the version that the server states; and by the content's
+tag (`tag`, four small ranges) where that may not be enough. So are URLs with a query: of `get?id=1` and `sig=5f3a`
+nobody knows which part tells shards apart and which is a signature, another in each run. Their content decides.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +34,8 @@ from data_pipelines.shards.web import NoRangesError, Stated, fetch_range
 
 T = TypeVar("T")
 READ_AHEAD = 4
-_VERSIONS = ("ETag", "etag", "md5Hash", "Last-Modified")
+# What changes with the content, by its name in `info`: of the web and s3, gcs, hf, then sftp, smb and mounted folders.
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "mtime")
 
 
 class RemoteFile:
@@ -42,6 +49,7 @@ class RemoteFile:
 
     def __init__(self, url: str, config: RemoteConfig) -> None:
         self.name = public_name(url)
+        self.shares_name = url != self.name
         self._url, self._config = url, config
         self._block = config.block_kb << 10
         self._ranges = True
@@ -55,8 +63,6 @@ class RemoteFile:
         self.time_ns = 0
         self._stated: Stated = next(((name, str(facts[name])) for name in _VERSIONS if facts.get(name)), ("", ""))
         self.version = self._stated[1]
-        digest = hashlib.blake2b(f"{self.name}\n{self.size}\n{self.version}\n{self._block}".encode(), digest_size=12)
-        self._key = digest.hexdigest()
         self._cache = BlockCache(Path(config.cache_dir).expanduser(), config.cache_mb << 20)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -82,7 +88,11 @@ class RemoteFile:
         return b"".join(parts[block] for block in self._blocks(offset, size))
 
     def missing_blocks(self, offset: int, size: int) -> list[int]:
-        """The blocks of a range that the cache lacks; none where the server gives no ranges."""
+        """The blocks of a range that the cache lacks; none where the server gives no ranges.
+
+        Raises:
+            ShardError: nothing tells which content the cache is to have.
+        """
         if not self._ranges:
             return []
         return [block for block in self._blocks(offset, size) if not self._cache.has(self._block_name(block))]
@@ -102,19 +112,40 @@ class RemoteFile:
     def tag(self) -> str:
         """The content's tag, as a local copy has; of size and version where the server cannot give ranges.
 
-        Kept in the cache while the server tells the same version (ETag, or time of the last change).
+        As of when it was first asked for. Kept in the cache while the server tells the same version.
+
+        Raises:
+            ShardError: the server gives neither ranges nor a version ("no_version"), or nothing.
         """
-        held = self._cache.read(f"{self._key}-tag", 0, TAG_LENGTH) if self.version else None
+        return self._tag
+
+    @cached_property
+    def _tag(self) -> str:
+        kept = f"{_digest(self._url, self.size, self.version)}-tag"
+        held = self._cache.read(kept, 0, TAG_LENGTH) if self.version else None
         if held is not None:
             return held.decode()
         try:
             tag = content_tag(self.size, lambda offset, size: self._range(offset, offset + size))
-        except NoRangesError:
-            if self.version:
-                return hashlib.blake2b(f"{self.size} {self.version}".encode(), digest_size=8).hexdigest()
-            return content_tag(self.size, self.read)
-        self._cache.put(f"{self._key}-tag", tag.encode())
+        except NoRangesError as error:
+            if not self.version:
+                raise ShardError(
+                    self.name,
+                    "no_version",
+                    "its server gives no ranges and no version (ETag, Last-Modified), so that nothing tells whether a "
+                    "cached copy is of the same content: read it with reader: webdataset",
+                ) from error
+            known = f"{self.size} {self.version}{self._url if self.shares_name else ''}"
+            return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+        if self.version:
+            self._cache.put(kept, tag.encode())
         return tag
+
+    @cached_property
+    def _key(self) -> str:
+        """What names this content in the cache."""
+        tag = self.tag() if self.shares_name or not self.version else ""
+        return _digest(self.name, self.size, self.version, tag, self._block)
 
     def stream(self) -> Iterator[bytes]:
         """All bytes in order, block by block, not through the cache: for shards that are read once."""
@@ -237,11 +268,18 @@ class RemoteFile:
 
 def fetch_all(ranges: Sequence[tuple[RemoteFile, int, int]], max_requests: int) -> None:
     """Bring all (file, offset, size) into the cache, side by side. What fails is told when it is read."""
-    wanted = dict.fromkeys((file, block) for file, *place in ranges for block in file.missing_blocks(*place))
+    wanted: dict[tuple[RemoteFile, int], None] = {}
+    for file, *place in ranges:
+        with suppress(ShardError):
+            wanted |= dict.fromkeys((file, block) for block in file.missing_blocks(*place))
     if len(wanted) > 1:
         with ThreadPoolExecutor(min(len(wanted), max_requests)) as pool:
             for future in [pool.submit(file.fetch_block, block) for file, block in wanted]:
                 future.exception()
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.blake2b("\n".join(map(str, facts)).encode(), digest_size=12).hexdigest()
 
 
 def _in_blocks(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:

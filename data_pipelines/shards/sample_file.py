@@ -23,6 +23,7 @@ class SampleFile:
     def __init__(self, sample: RawSample) -> None:
         self.name = sample.key
         self.size = self.time_ns = 0
+        self.shares_name = False
         self.members: dict[str, Member] = {}
         self._data: dict[int, bytes] = {}
         for suffix, data in sample.members.items():

@@ -25,12 +25,14 @@ REMOTE_DEFAULTS = RemoteConfig()
 class ShardFile(Protocol):
     """A shard that can be read at any place. `size` in bytes; `tag` changes when the content does, not its time.
 
-    `time_ns` is when it was last changed, 0 where only a server could say.
+    `time_ns` is when it was last changed, 0 where only a server could say. `shares_name`: other shards may have the
+    same name, which leaves out the query of a URL.
     """
 
     name: str
     size: int
     time_ns: int
+    shares_name: bool
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`, or ShardError."""
@@ -47,6 +49,8 @@ class ShardFile(Protocol):
 
 class LocalFile:
     """A shard on a mounted file system."""
+
+    shares_name = False
 
     def __init__(self, path: str) -> None:
         self.name = path
