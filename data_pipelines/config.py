@@ -134,7 +134,8 @@ class LoaderConfig:
 class RemoteConfig:
     """Shards behind URLs (`https://`, `s3://`, `gs://`, ...): read by blocks of `block_kb`, kept in `cache_dir`.
 
-    The cache takes at most `cache_mb`; a node's processes share it, and at most `max_requests` of them read at once.
+    The cache takes at most `cache_mb`, and half of that again for shards that are fetched whole, because a server gives
+    no ranges. A node's processes share it, and at most `max_requests` of them read at once.
     A request ends after `timeout_s` and is repeated up to `retries` times, after `backoff_s`, twice that, and so on.
     """
 

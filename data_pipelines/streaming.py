@@ -231,7 +231,7 @@ class _Carried:
         self.name = name
         self.samples: dict[tuple[int, int], CountedSample] = {}
 
-    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
+    def prefetch(self, samples: Sequence[tuple[int, int]], progress: Callable[[], None]) -> None:
         """They are here."""
 
     def key(self, shard: int, row: int) -> str:

@@ -155,8 +155,11 @@ class SourceIndex:
                     record, reader = self.read(shard, row)
                     yield record.key, record, table.index.media(row), reader
 
-    def prefetch(self, samples: Iterable[tuple[int, int]]) -> None:
-        """Bring the (shard, row) samples of remote shards into the cache, side by side; local ones cost nothing."""
+    def prefetch(self, samples: Iterable[tuple[int, int]], progress: Callable[[], None]) -> None:
+        """Bring the (shard, row) samples of remote shards into the cache, side by side; local ones cost nothing.
+
+        `progress` is called, from several threads, as bytes come.
+        """
         ranges = []
         for shard, row in samples:
             if is_remote(self.shards[shard]):
@@ -166,7 +169,7 @@ class SourceIndex:
                 with suppress(ShardError):  # told when the sample is read
                     ranges.append((self._files.get(self.shards[shard]), start, end - start))
         if ranges:
-            fetch_ranges(ranges, self.remote)
+            fetch_ranges(ranges, self.remote, progress)
 
     def mismatch(self, shard: int) -> tuple[str, str]:
         """Reason and cause where a sample's encoding is not as planned: the shard was changed, else a defect."""

@@ -17,6 +17,7 @@ from data_pipelines.encode.budget import within_patches
 from data_pipelines.encode.sample import SampleEncoder
 from data_pipelines.errors import DataError, PlanMismatch
 from data_pipelines.pack.collate import collate
+from data_pipelines.pack.workers import IDLE, PREPARING
 from data_pipelines.plan.planner import Pack
 from data_pipelines.plan.shelf import Item
 from data_pipelines.samples import Encoded, LedgerEvent, PackedBatch, Record
@@ -28,8 +29,8 @@ class SampleSource(Protocol):
 
     name: str
 
-    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
-        """The (shard, row) samples that are read next."""
+    def prefetch(self, samples: Sequence[tuple[int, int]], progress: Callable[[], None]) -> None:
+        """The (shard, row) samples that are read next; `progress` is called as their bytes come."""
         ...
 
     def key(self, shard: int, row: int) -> str:
@@ -50,7 +51,10 @@ class SampleSource(Protocol):
 
 
 class PackReader(Dataset[PackedBatch]):
-    """Reads packs of one mixture. `watch(i)` is called before item i of a pack is begun, and with -1 after the last."""
+    """Reads packs of one mixture. `watch(i)` is called before item i of a pack is begun.
+
+    With `IDLE` after the last; with `PREPARING` before the first, as bytes of remote shards come, from several threads.
+    """
 
     def __init__(
         self,
@@ -75,7 +79,8 @@ class PackReader(Dataset[PackedBatch]):
         documents, events = [], list(pack.events)
         skipped = {number: (reason, message) for number, reason, message in pack.skipped}
         for source, wanted in enumerate(self.sources):
-            wanted.prefetch([(item.shard, item.row) for item in pack.items if item.source == source])
+            samples = [(item.shard, item.row) for item in pack.items if item.source == source]
+            wanted.prefetch(samples, lambda: self.watch(PREPARING))
         for number, item in enumerate(pack.items):
             name = self.sources[item.source].name
             if number in skipped:
@@ -95,7 +100,7 @@ class PackReader(Dataset[PackedBatch]):
                 # Decoders raise what they like on broken bytes; one sample must not end a run. It is counted by type.
                 message = f"{type(error).__name__}: {error}"
                 events.append(LedgerEvent(name, self.key(item), "unexpected_error", message))
-        self.watch(-1)
+        self.watch(IDLE)
         return collate(pack.number, documents, self._special, self._max_tokens, events, self._one_dimensional)
 
     def key(self, item: Item) -> str:

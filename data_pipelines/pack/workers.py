@@ -10,8 +10,8 @@ or stuck worker ends the whole loader, and a worker that hangs in C blocks the p
 
 A worker that dies is replaced and its pack made again; the sample it was at is kept once (a kill from outside is no
 fault of the data) and left out the second time. A sample over its deadline is left out at once. Both are events.
-A worker that stalls before its first sample (fetching blocks, opening what a dead mount holds) blames no sample: it is
-replaced once, then the run ends with the names of the pack's shards.
+A worker that stalls before its first sample (no byte of its shards comes, a dead mount holds it) blames no sample: it
+is replaced once, then the run ends with the names of the pack's shards.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 1.0
 _MAX_DEATHS_OUTSIDE_SAMPLES = 3
 _MAX_STALLS = 1
-_STALL_DEADLINES = 4  # a whole pack's blocks are fetched before its first sample
+_STALL_DEADLINES = 4  # shards are fetched before the first sample: without a byte for so long, the worker is stuck
 _KILL_S = 10.0  # a killed process that hangs in the kernel stays until its device answers: it is left to that
-_IDLE, _PREPARING = -1, -2  # items that are no sample: nothing to do, or before the first sample
+IDLE, PREPARING = -1, -2  # items that are no sample: nothing to do, or before the first sample
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class WorkerPool:
         self._sample_timeout_s, self._pin_memory = sample_timeout_s, pin_memory
         self._slots = [mmap.mmap(-1, slot_bytes) for _ in range(ahead)]
         self._free = list(range(len(self._slots)))
-        # What each worker is at: pack number (-1: none yet), item (or `_IDLE`, `_PREPARING`), and when it began, in ns
+        # What each worker is at: pack number (-1: none yet), item (or `IDLE`, `PREPARING`), and when it began, in ns
         # of the monotonic clock.
         self._at = np.frombuffer(mmap.mmap(-1, num_workers * 24), np.int64).reshape(num_workers, 3)
         self._tickets: deque[_Ticket] = deque()
@@ -141,9 +141,9 @@ class WorkerPool:
     def _place(self, number: int, worker: _Worker) -> str:
         pack = worker.waiting[0].pack
         pack_number, item, since = (int(value) for value in self._at[number])
-        if pack_number != pack.number or item == _IDLE:
+        if pack_number != pack.number or item == IDLE:
             what = "has not begun"
-        elif item == _PREPARING:
+        elif item == PREPARING:
             what = "before the first sample of"
         else:
             what = f"{'/'.join(self._name_sample(pack, item))} of"
@@ -168,7 +168,7 @@ class WorkerPool:
     def _start(self, number: int, waiting: Sequence[_Ticket] = ()) -> _Worker:
         context = get_context("fork")
         ours, theirs = context.Pipe()
-        self._at[number] = (-1, _PREPARING, time.monotonic_ns())
+        self._at[number] = (-1, PREPARING, time.monotonic_ns())
         process = context.Process(
             target=_serve,
             args=(number, theirs, ours, self._make_reader, self._slots, self._at, os.getpid()),
@@ -206,7 +206,7 @@ class WorkerPool:
     def _late_at(self, number: int) -> tuple[int, int] | None:
         """The (pack, item) at which worker `number` is over its deadline; None: it is in time."""
         at = pack_number, item, since = [int(value) for value in self._at[number]]
-        deadlines = {_IDLE: float("inf"), _PREPARING: _STALL_DEADLINES * self._sample_timeout_s}
+        deadlines = {IDLE: float("inf"), PREPARING: _STALL_DEADLINES * self._sample_timeout_s}
         late = time.monotonic_ns() - since > deadlines.get(item, self._sample_timeout_s) * 1e9
         # Read again: the worker writes its place while we read it.
         return (pack_number, item) if late and [int(value) for value in self._at[number]] == at else None
@@ -224,7 +224,7 @@ class WorkerPool:
         pack_number, item = late or (int(value) for value in self._at[number][:2])
         if worker.waiting:
             ticket = worker.waiting[0]
-            at = item if pack_number == ticket.pack.number or item == _PREPARING else _IDLE
+            at = item if pack_number == ticket.pack.number or item == PREPARING else IDLE
             ticket.pack = self._note_death(ticket.pack, at, late is not None, code)
         self._workers[number] = self._start(number)
         for ticket in list(worker.waiting):
@@ -284,7 +284,7 @@ def _serve(
         at[number] = (current, item, time.monotonic_ns())
 
     read = make_reader(watch)
-    watch(_IDLE)
+    watch(IDLE)
     while True:
         while not pipe.poll(_POLL_S):
             if os.getppid() != parent:
@@ -295,13 +295,13 @@ def _serve(
             return
         pack: Pack = pickle.loads(slots[slot][:size])
         current = pack.number
-        watch(_PREPARING)
+        watch(PREPARING)
         reply: tuple[str, Any]
         try:
             reply = ("batch", write_batch(read(pack), slots[slot]))
         except Exception:
             reply = ("error", traceback.format_exc()[-8000:])
-        watch(_IDLE)
+        watch(IDLE)
         pipe.send(reply)
 
 

@@ -15,7 +15,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,25 +54,35 @@ class BlockCache:
 
     def put(self, name: str, data: bytes) -> None:
         """Keep a block. A disk that is full or read-only costs the cache, never the reader."""
-        if len(data) > self._set_bytes:
-            return
+        for _ in self.keep(name, len(data), (data,)):
+            pass
+
+    def keep(self, name: str, size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The same pieces; once the last has passed, they are one block, if they have `size` bytes in all."""
         folder = self._set(name)
         aside = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
+        kept = size <= self._set_bytes
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(data)
-            with _locked(folder):
-                self._make_room(folder, len(data), aside.name)
-                aside.replace(folder / name)
-        except OSError:
+            for piece in pieces:
+                kept = kept and _append(aside, piece)
+                yield piece
+            with suppress(OSError):
+                if kept and aside.stat().st_size == size:
+                    with _locked(folder):
+                        self._make_room(folder, size, aside.name)
+                        aside.replace(folder / name)
+        finally:
             with suppress(OSError):
                 aside.unlink()
 
     @contextmanager
-    def turn(self, name: str, count: int, timeout_s: float) -> Iterator[None]:
+    def turn(
+        self, name: str, count: int, timeout_s: float, waiting: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
         """Hold one of `count` turns, the one that `name` decides, on this node; goes on without it after `timeout_s`.
 
         So at most `count` requests are under way, and processes that want the same block wait for the first of them.
+        `waiting` is called again and again until it is this one's turn.
         """
         number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") % count
         path = self._folder / "turns" / str(number)
@@ -88,6 +98,7 @@ class BlockCache:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    waiting()
                     time.sleep(_POLL_S)
                     continue
                 except OSError:
@@ -115,6 +126,17 @@ class BlockCache:
                 break
             Path(path).unlink(missing_ok=True)
             excess -= entry_size
+
+
+def _append(path: Path, piece: bytes) -> bool:
+    """Whether it could be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(piece)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -5,7 +5,7 @@ shard is opened, and one a block (4 MiB) that is not in the node's cache; neighb
 
 Requests that fail for a while (no connection, cut answers, 408, 425, 429, 5xx, over the deadline) are repeated after
 growing pauses; what cannot get better (404, no permission, other content than was opened) is an error at once. A server
-that ignores ranges is noticed, and its shard is read whole, into the cache.
+that ignores ranges is noticed, and its shard is read whole, into a file of the cache.
 
 What is cached is named by the content: by its name, size and the version that the server states; and by the content's
 tag (`tag`, four small ranges) where that may not be enough. So are URLs with a query: of `get?id=1` and `sig=5f3a`
@@ -15,12 +15,12 @@ nobody knows which part tells shards apart and which is a signature, another in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fsspec.asyn import sync
 
@@ -36,6 +36,10 @@ T = TypeVar("T")
 READ_AHEAD = 4
 # What changes with the content, by its name in `info`: of the web and s3, gcs, hf, then sftp, smb and mounted folders.
 _VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "mtime")
+
+
+def _ignore() -> None:
+    """For callers whom no progress concerns."""
 
 
 class RemoteFile:
@@ -63,7 +67,9 @@ class RemoteFile:
         self.time_ns = 0
         self._stated: Stated = next(((name, str(facts[name])) for name in _VERSIONS if facts.get(name)), ("", ""))
         self.version = self._stated[1]
-        self._cache = BlockCache(Path(config.cache_dir).expanduser(), config.cache_mb << 20)
+        folder = Path(config.cache_dir).expanduser()
+        self._cache = BlockCache(folder, config.cache_mb << 20)
+        self._wholes = BlockCache(folder / "whole", config.cache_mb << 19, sets=1)
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`.
@@ -87,27 +93,66 @@ class RemoteFile:
                 parts[block] = data[max(0, offset - start) : offset + size - start]
         return b"".join(parts[block] for block in self._blocks(offset, size))
 
+    @property
+    def has_ranges(self) -> bool:
+        """Whether the server gives ranges, as far as is known."""
+        return self._ranges
+
     def missing_blocks(self, offset: int, size: int) -> list[int]:
-        """The blocks of a range that the cache lacks; none where the server gives no ranges.
+        """The blocks of a range that the cache lacks.
 
         Raises:
             ShardError: nothing tells which content the cache is to have.
         """
-        if not self._ranges:
-            return []
-        return [block for block in self._blocks(offset, size) if not self._cache.has(self._block_name(block))]
+        missing = [block for block in self._blocks(offset, size) if not self._cache.has(self._block_name(block))]
+        return [] if missing and self._wholes.has(self._key) else missing
 
     def fetch_block(self, block: int) -> bytes:
-        """Bring one block into the cache, whatever it takes; another process that is at it is waited for."""
+        """Bring one block into the cache, whatever it takes; another process that is at it is waited for.
+
+        Raises:
+            NoRangesError: the shard is to be fetched whole. ShardError: the server does not give it.
+        """
         name = self._block_name(block)
-        start = block * self._block
-        size = min(self._block, self.size - start)
+        start, size = block * self._block, self._block_size(block)
         with self._cache.turn(name, self._config.max_requests, self._config.timeout_s):
             data = self._cache.read(name, 0, size)
             if data is None:
                 data = self._range(start, start + size)
                 self._cache.put(name, data)
         return data
+
+    def fetch_whole(self, wanted: Collection[int] = (), progress: Callable[[], None] = _ignore) -> dict[int, bytes]:
+        """Bring the whole shard into the cache, once on this node; the `wanted` blocks come back in any case.
+
+        `progress` is called as bytes come, and while another process brings them.
+
+        Raises:
+            ShardError: it is too large for the cache, or the server does not give it.
+        """
+        if self.size > self._config.cache_mb << 19:
+            raise ShardError(
+                self.name,
+                "no_ranges",
+                f"its server gives no ranges, and the shard ({self.size} bytes) takes more than half of "
+                f"remote.cache_mb={self._config.cache_mb}: raise it, or read the shard with reader: webdataset",
+            )
+        num_bytes, found = 0, {}
+        with self._cache.turn(self._key, self._config.max_requests, timeout_s=3600, waiting=progress):
+            if self._wholes.has(self._key):
+                held = {block: self._cached(block, block * self._block, self._block_size(block)) for block in wanted}
+                found = {block: data for block, data in held.items() if data is not None}
+                if len(found) == len(wanted):
+                    return found
+            pieces = _in_blocks(stream_whole(self._url, self._config, stated=self._stated), self._block)
+            for number, data in enumerate(self._wholes.keep(self._key, self.size, pieces)):
+                progress()
+                num_bytes += len(data)
+                if number in wanted:
+                    found[number] = data
+        if num_bytes != self.size:
+            raise ShardError(self.name, "cut_shard", f"its server gave {num_bytes} of the {self.size} bytes it told")
+        return found
 
     def tag(self) -> str:
         """The content's tag, as a local copy has; of size and version where the server cannot give ranges.
@@ -179,6 +224,9 @@ class RemoteFile:
     def close(self) -> None:
         """Nothing to give back: connections belong to the process."""
 
+    def _block_size(self, block: int) -> int:
+        return min(self._block, self.size - block * self._block)
+
     def _blocks(self, offset: int, size: int) -> range:
         return range(offset // self._block, -(-(offset + size) // self._block))
 
@@ -186,10 +234,12 @@ class RemoteFile:
         return f"{self._key}-{block}"
 
     def _cached(self, block: int, offset: int, size: int) -> bytes | None:
-        """The part of `block` that the range wants, if the block is in the cache."""
+        """The part of `block` that the range wants, if the block or the whole shard is in the cache."""
         start = block * self._block
         first = max(0, offset - start)
-        return self._cache.read(self._block_name(block), first, min(self._block, offset + size - start) - first)
+        count = min(self._block, offset + size - start) - first
+        data = self._cache.read(self._block_name(block), first, count)
+        return self._wholes.read(self._key, start + first, count) if data is None else data
 
     def _with_next(self, missing: list[int]) -> list[int]:
         """The missing blocks, and the next few where a shard is read from start to end (when it is indexed)."""
@@ -202,40 +252,10 @@ class RemoteFile:
 
     def _fetch(self, blocks: Sequence[int]) -> dict[int, bytes]:
         """Blocks by number, read side by side."""
-        if not self._ranges:
-            return self._fetch_whole(blocks)
-        try:
-            with ThreadPoolExecutor(min(len(blocks), self._config.max_requests)) as pool:
+        if self._ranges:
+            with suppress(NoRangesError), ThreadPoolExecutor(min(len(blocks), self._config.max_requests)) as pool:
                 return dict(zip(blocks, pool.map(self.fetch_block, blocks), strict=True))
-        except NoRangesError:
-            return self._fetch_whole(blocks)
-
-    def _fetch_whole(self, blocks: Sequence[int]) -> dict[int, bytes]:
-        """Read the whole shard into the cache, once on this node; the wanted blocks come back in any case."""
-        if self.size > self._config.cache_mb << 19:
-            raise ShardError(
-                self.name,
-                "no_ranges",
-                f"its server gives no ranges, and the shard ({self.size} bytes) takes more than half of "
-                f"remote.cache_mb={self._config.cache_mb}: raise it, or read the shard with reader: webdataset",
-            )
-        found: dict[int, bytes] = {}
-        with self._cache.turn(self._key, self._config.max_requests, timeout_s=3600):
-            for block in blocks:
-                size = min(self._block, self.size - block * self._block)
-                data = self._cache.read(self._block_name(block), 0, size)
-                if data is not None:
-                    found[block] = data
-            if len(found) < len(blocks):
-                for number, data in enumerate(
-                    _in_blocks(stream_whole(self._url, self._config, stated=self._stated), self._block)
-                ):
-                    self._cache.put(self._block_name(number), data)
-                    if number in blocks:
-                        found[number] = data
-        if len(found) < len(blocks):
-            raise ShardError(self.name, "cut_shard", f"its server gave less than the {self.size} bytes it told")
-        return found
+        return self.fetch_whole(blocks)
 
     def _range(self, start: int, end: int) -> bytes:
         """Bytes [start, end), past the cache."""
@@ -266,16 +286,29 @@ class RemoteFile:
         )
 
 
-def fetch_all(ranges: Sequence[tuple[RemoteFile, int, int]], max_requests: int) -> None:
-    """Bring all (file, offset, size) into the cache, side by side. What fails is told when it is read."""
+def fetch_all(
+    ranges: Sequence[tuple[RemoteFile, int, int]], max_requests: int, progress: Callable[[], None] = _ignore
+) -> None:
+    """Bring all (file, offset, size) into the cache, side by side. What fails is told when it is read.
+
+    `progress` is called, from several threads, as bytes come.
+    """
     wanted: dict[tuple[RemoteFile, int], None] = {}
     for file, *place in ranges:
         with suppress(ShardError):
             wanted |= dict.fromkeys((file, block) for block in file.missing_blocks(*place))
-    if len(wanted) > 1:
-        with ThreadPoolExecutor(min(len(wanted), max_requests)) as pool:
-            for future in [pool.submit(file.fetch_block, block) for file, block in wanted]:
+    _side_by_side([partial(file.fetch_block, block) for file, block in wanted], max_requests, progress)
+    whole = dict.fromkeys(file for file, _ in wanted if not file.has_ranges)
+    _side_by_side([partial(file.fetch_whole, progress=progress) for file in whole], max_requests, progress)
+
+
+def _side_by_side(tasks: Sequence[Callable[[], Any]], max_requests: int, progress: Callable[[], None]) -> None:
+    """Do all tasks, whatever they raise."""
+    if tasks:
+        with ThreadPoolExecutor(min(len(tasks), max_requests)) as pool:
+            for future in as_completed([pool.submit(task) for task in tasks]):
                 future.exception()
+                progress()
 
 
 def _digest(*facts: object) -> str:

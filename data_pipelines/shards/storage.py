@@ -10,7 +10,7 @@ import glob
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -109,11 +109,17 @@ def read_beside(file: ShardFile, name: str) -> bytes | None:
     return file.read_beside(name) if isinstance(file, RemoteFile) else None
 
 
-def fetch_ranges(ranges: Sequence[tuple[ShardFile, int, int]], remote: RemoteConfig) -> None:
-    """Bring (file, offset, size) of remote files into the cache, side by side; what fails is told when it is read."""
+def fetch_ranges(
+    ranges: Sequence[tuple[ShardFile, int, int]], remote: RemoteConfig, progress: Callable[[], None]
+) -> None:
+    """Bring (file, offset, size) of remote files into the cache, side by side; what fails is told when it is read.
+
+    `progress` is called, from several threads, as bytes come.
+    """
     from data_pipelines.shards.remote import RemoteFile, fetch_all
 
-    fetch_all([(file, at, size) for file, at, size in ranges if isinstance(file, RemoteFile)], remote.max_requests)
+    mine = [(file, at, size) for file, at, size in ranges if isinstance(file, RemoteFile)]
+    fetch_all(mine, remote.max_requests, progress)
 
 
 class OpenShards:

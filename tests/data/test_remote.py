@@ -87,16 +87,6 @@ def test_a_server_without_ranges_is_asked_for_the_whole_once(server, remote):
     assert (faults.requests["GET", "range"], faults.requests["GET", "whole"]) == (1, 1)
 
 
-def test_a_server_without_ranges_is_asked_for_none_ahead(server, remote, tmp_path):
-    address, faults = server
-    faults.ranges = False
-    file = RemoteFile(f"{address}/a.tar", remote)
-    file.read(50_000, 10)
-    shutil.rmtree(tmp_path / "cache")
-    fetch_all([(file, 0, len(DATA))], 4)  # 25 blocks that the cache lacks: each would be the whole file
-    assert faults.requests["GET", "range"] == 1
-
-
 def test_a_server_without_ranges_and_a_shard_over_half_the_cache_is_an_error_with_the_remedy(server, remote, tmp_path):
     address, faults = server
     faults.ranges = False
