@@ -17,7 +17,7 @@ from qwen2vl_train.report.chart import Band, Chart
 from qwen2vl_train.report.curve import MAX_POINTS, make_curve
 from qwen2vl_train.report.figures import amount, count, is_number, loss, metric_title, percent
 from qwen2vl_train.report.folder import Stage
-from qwen2vl_train.report.markup import Html, element
+from qwen2vl_train.report.markup import NUM_COLORS, Html, element
 from qwen2vl_train.sections import SECTIONS, section_of
 
 Series = dict[str, list[tuple[float, float]]]  # label → (step, value), in order of steps
@@ -114,15 +114,20 @@ def curves_section(stages: Sequence[Stage]) -> Html | None:
 
 
 class _Colors:
-    """One colour per stage on the whole page, by its place in the chain; in other charts, by first appearance."""
+    """One colour per stage on the whole page, by its place in the chain; in other charts, by first appearance.
+
+    "text.wanted" has the colour of "text", dashed.
+    """
 
     def __init__(self, stages: Sequence[str]) -> None:
         self._numbers = {("", name): number for number, name in enumerate(stages)}
 
     def __call__(self, key: str, label: str) -> int:
         kind = key if key.endswith("/") else ""
+        name = label.removesuffix(".wanted")
         used = sum(known == kind for known, _ in self._numbers)
-        return self._numbers.setdefault((kind, label), used)
+        number = self._numbers.setdefault((kind, name), used)
+        return number if name == label else number % NUM_COLORS + NUM_COLORS
 
 
 def _view(stages: Sequence[tuple[Stage, Series]], colors: _Colors) -> list[Html]:

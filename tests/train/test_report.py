@@ -594,6 +594,17 @@ def test_a_new_metric_gets_a_chart_of_its_own(tmp_path):
     assert {"New figure, as logged", "Memory, as logged"} <= labels
 
 
+def test_the_wanted_share_of_a_dataset_has_its_colour_dashed(tmp_path):
+    shares = {"text": 0.2, "ocr": 0.8}
+    line = {f"mixture/{name}": share for name, share in shares.items()}
+    line |= {f"mixture/{name}.wanted": 0.5 for name in shares}
+    texts = [json.dumps({"stage": "vision", "step": step, "loss": 1.0} | line) for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(texts) + "\n")
+    classes = {a["data-series"]: a["class"] for a in read_page(tmp_path).all("polyline")}
+    assert (classes["text"], classes["text.wanted"]) == ("line c0", "line c0 dashed")
+    assert (classes["ocr"], classes["ocr.wanted"]) == ("line c1", "line c1 dashed")
+
+
 def test_scores_over_steps_are_drawn_where_a_stage_was_scored_more_than_once(tmp_path):
     folder = make_run(tmp_path / "run", done=2)
     assert "Held-out figures, share right" not in {a.get("aria-label") for a in read_page(folder).all("svg")}
