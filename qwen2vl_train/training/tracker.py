@@ -1,18 +1,22 @@
 """wandb behind a fence: the same figures as `metrics.jsonl`, and nothing that wandb does can slow or stop a run.
 
-Online only with an API key in the environment or netrc and a server that answers; else offline. Never a prompt. An
-error on the way online means offline, any later error of wandb switches it off with a note; closing it waits a bounded
-time, after a failure a few seconds, since other ranks wait to hear of it.
+One thread makes all calls of wandb, in their order; where it no longer keeps up, wandb is switched off with a note, as
+after any error. Online only with an API key and a server that answers; else offline. Never a prompt. Closing waits a
+bounded time, after a failure a few seconds, since other ranks wait to hear of it; then wandb's service process is
+killed, because wandb would wait for it when this process exits.
 """
 
 from __future__ import annotations
 
 import netrc
 import os
+import queue
+import signal
 import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,80 +30,114 @@ Mode = Literal["online", "offline", "disabled"]
 
 _PROBE_S = 3.0
 _INIT_S = 30.0
+_OPEN_S = 120.0  # service process, probe, a start online that fails, then one offline
+_FINISH_S = 30.0  # until wandb itself gives up sending
 _CLOSE_S, _CLOSE_FAILED_S = 60.0, 3.0
+_KILLED_S = 5.0
+_MAX_CALLS = 1000  # that wait: figures of 10,000 steps at log_every=10
 _SERVER = "https://api.wandb.ai"
 
 
 class Tracker:
-    """A wandb run that may be off. `note` prints for people."""
+    """A wandb run that may be off. `note` prints for people. Only the start and `close` wait, both a bounded time."""
 
     def __init__(
         self, run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], note: Callable[[str], None]
     ) -> None:
-        self._note = note
-        self._stages: set[str] = set()
-        self._run: Any = None
-        mode = choose_mode(config.wandb, note)
-        if mode == "online":
-            try:
-                self._run = _start(run_dir, config, settings, mode)
-            except Exception as error:  # refused, or no answer in time
-                note(f"wandb is offline: {type(error).__name__}: {error}; `wandb sync` can send it later")
-                self._run = self._guarded(lambda: _start_again(run_dir, config, settings))
-        elif mode == "offline":
-            self._run = self._guarded(lambda: _start(run_dir, config, settings, mode))
+        self._run_dir, self._config, self._note = run_dir, config, note
+        self._off = _wanted(config.wandb) == "disabled"
+        self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self._run: Any = None  # this and the next two belong to the thread
+        self._settings = dict(settings)
+        self._axes: set[str] = set()
+        opened = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(opened,), name="wandb", daemon=True)
+        if not self._off:
+            self._thread.start()
+            if not opened.wait(
+                _OPEN_S
+            ):  # wandb sets environment variables, which other threads must not read just then
+                self._switch_off(f"it did not start within {_OPEN_S:.0f} s")
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Record figures of `step` in their sections, against the stage's own count of steps."""
-        if self._run is None:
-            return
-        axis = f"steps/{stage}"
-        if stage not in self._stages:
-            self._stages.add(stage)
-            self._guarded(lambda: self._define_axis(stage, axis))
         named = {f"{section_of(name)}/{stage}.{name}": value for name, value in metrics.items() if value is not None}
-        self._guarded(lambda: self._run and self._run.log(named | {axis: step}))
-
-    def _define_axis(self, stage: str, axis: str) -> None:
-        for section in SECTIONS:
-            self._run.define_metric(f"{section}/{stage}.*", step_metric=axis)
+        self._call(lambda: self._log(stage, named | {f"steps/{stage}": step}))
 
     def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:
         """Keep `facts` of a stage beside the run's settings."""
-        if self._run is not None:
-            self._guarded(lambda: self._run.config.update({f"{stage}.{name}": dict(facts)}, allow_val_change=True))
+        self._call(lambda: self._run.config.update({f"{stage}.{name}": dict(facts)}, allow_val_change=True))
 
     def show(self, stage: str, samples: Sequence[Shown]) -> None:
         """A table of held-out pictures with true and predicted text and boxes."""
-        if self._run is not None and samples:
-            self._guarded(lambda: self._run.log({f"evaluation/{stage}.samples": _table(samples)}))
+        if samples:
+            self._call(lambda: self._run.log({f"evaluation/{stage}.samples": _table(samples)}))
 
     def close(self, failed: bool) -> None:
-        """Finish the run; what wandb cannot send in time stays in the run's folder (`wandb sync` sends it)."""
-        run, self._run = self._run, None
-        if run is None:
+        """Finish the run in a bounded time; nothing of wandb is left then that this process's exit would wait for."""
+        if not self._thread.is_alive():
             return
-        closing = threading.Thread(target=lambda: self._guarded(lambda: run.finish(exit_code=int(failed))), daemon=True)
-        closing.start()
-        limit_s = _CLOSE_FAILED_S if failed else _CLOSE_S
-        closing.join(limit_s)
-        if closing.is_alive():
-            self._note(f"wandb did not finish within {limit_s:.0f} s; `wandb sync` can send the run's folder later")
+        limit_s = _CLOSE_FAILED_S if failed or self._off else _CLOSE_S
+        self._call(lambda: self._run.finish(exit_code=int(failed)))
+        self._calls.put(None)
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            self._switch_off(f"it did not finish within {limit_s:.0f} s")
+            _kill_service()
+            self._thread.join(_KILLED_S)  # what it waited for has failed; it takes wandb's own wait at exit away
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
-        """The call's result; wandb raises many kinds of errors, and watching must never cost the run."""
+    def _call(self, call: Callable[[], Any]) -> None:
+        if self._calls.qsize() >= _MAX_CALLS:
+            self._switch_off(f"it has not answered for {_MAX_CALLS} calls")
+        if not self._off:
+            self._calls.put(call)
+
+    def _switch_off(self, why: str) -> None:
+        if not self._off:
+            self._off = True
+            self._note(f"wandb is off: {why}; the figures are in metrics.jsonl")
+
+    # --- in the thread -----------------------------------------------------------------------------------------------
+
+    def _work(self, opened: threading.Event) -> None:
+        self._guarded(self._open)
+        opened.set()
+        while call := self._calls.get():
+            if not self._off:
+                self._guarded(call)
+        _tear_down()
+
+    def _guarded(self, call: Callable[[], Any]) -> None:
+        """Watching must never cost the run, and wandb raises many kinds of errors."""
         try:
-            return call()
+            call()
         except Exception as error:
-            self._run = None
-            self._note(f"wandb is off: {type(error).__name__}: {error}; the figures are in metrics.jsonl")
-            return None
+            self._switch_off(f"{type(error).__name__}: {error}")
+
+    def _open(self) -> None:
+        mode = choose_mode(self._config.wandb, self._note)
+        if mode == "online":
+            try:
+                self._run = _start(self._run_dir, self._config, self._settings, mode)
+                return
+            except Exception as error:  # refused, or no answer in time
+                if self._off:
+                    raise
+                self._note(f"wandb is offline: {type(error).__name__}: {error}; `wandb sync` can send it later")
+            _tear_down()  # the service process still holds the run's id
+        self._run = _start(self._run_dir, self._config, self._settings, "offline")
+
+    def _log(self, stage: str, figures: dict[str, Any]) -> None:
+        if stage not in self._axes:
+            for section in SECTIONS:
+                self._run.define_metric(f"{section}/{stage}.*", step_metric=f"steps/{stage}")
+            self._axes.add(stage)
+        self._run.log(figures)
 
 
 def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
     """The mode for wandb: "auto" is online with a login; online becomes offline when its server does not answer."""
-    if wanted == "auto":  # the user's environment decides before the login does
-        wanted = os.environ.get("WANDB_MODE", wanted)
+    wanted = _wanted(wanted)
     if wanted == "disabled":
         return "disabled"
     if wanted == "offline":
@@ -117,6 +155,11 @@ def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
     return "online"
 
 
+def _wanted(setting: str) -> str:
+    """What is asked for; "auto" leaves it to the user's environment."""
+    return os.environ.get("WANDB_MODE") or setting if setting == "auto" else setting
+
+
 def _proxy_of(url: str) -> str | None:
     """The proxy that the environment names for `url`, on many clusters the only way out."""
     address = urlsplit(url)
@@ -132,6 +175,10 @@ def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mo
     identity = run_dir / "wandb_id"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8])
+    wandb.setup(_quiet())  # the run's own settings do not silence wandb's words before and after it
+    # wandb then writes what it could not send for `wandb sync`; killed, it would not. Early releases do not know it
+    patience = {"finish_timeout": _FINISH_S, "finish_timeout_raises": True}
+    known = {name: value for name, value in patience.items() if name in wandb.Settings.model_fields}
     return wandb.init(
         project=config.project,
         name=run_dir.name,
@@ -140,16 +187,14 @@ def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mo
         mode=mode,
         dir=str(run_dir),
         config=dict(settings),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_S, x_disable_stats=mode == "offline"),
+        settings=_quiet(console="off", init_timeout=_INIT_S, x_disable_stats=mode == "offline", **known),
     )
 
 
-def _start_again(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any]) -> Any:
-    """Offline, after a start online failed: its service process still holds the run's id, and goes first."""
+def _quiet(**settings: Any) -> Any:
     import wandb
 
-    wandb.teardown()
-    return _start(run_dir, config, settings, "offline")
+    return wandb.Settings(silent=True, **settings)
 
 
 def _has_login() -> bool:
@@ -159,6 +204,23 @@ def _has_login() -> bool:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _tear_down() -> None:
+    """End wandb's service process once its runs are done, and its hook that would do so when this process exits."""
+    with suppress(Exception, SystemExit):  # it exits with the service's code
+        import wandb
+
+        wandb.teardown()
+
+
+def _kill_service() -> None:
+    """Kill wandb's service process: this process's child, whatever it is at (SIGKILL ends stopped ones, too)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            name, _, fields = path.read_text().partition("(")[2].rpartition(")")  # 12 (wandb-core) S PARENT ...
+            if name == "wandb-core" and int(fields.split()[1]) == os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _table(samples: Sequence[Shown]) -> Any:

@@ -1,11 +1,9 @@
-"""Figures: one JSON line each, forgotten after a resume, and wandb that can be away, fail or hang without harm."""
+"""Figures: one JSON line each, forgotten after a resume; facts of a stage."""
 
 import errno
 import io
 import json
 import os
-import socket
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,6 @@ from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.sections import section_of
 from qwen2vl_train.training import tracker
 from qwen2vl_train.training.monitor import Monitor
-from qwen2vl_train.training.tracker import Tracker, choose_mode
 
 
 @pytest.fixture
@@ -45,11 +42,16 @@ def test_a_resumed_stage_forgets_its_later_lines_and_a_half_line_only(tmp_path, 
     ]
 
 
-def test_facts_of_a_stage_stand_in_its_folder_and_in_wandbs_settings(tmp_path, monitor):
+def test_facts_of_a_stage_stand_in_its_folder_and_in_wandbs_settings(tmp_path, monkeypatch):
     kept = {}
-    monitor._tracker._run = SimpleNamespace(config=SimpleNamespace(update=lambda facts, **how: kept.update(facts)))
+    run = SimpleNamespace(
+        config=SimpleNamespace(update=lambda facts, **how: kept.update(facts)), finish=lambda exit_code: None
+    )
+    monkeypatch.setattr(tracker, "_start", lambda *arguments: run)
+    monitor = Monitor(tmp_path, MonitorConfig("offline"), {}, active=True)
     counts = {"vit": {"trainable": 0, "frozen": 7}, "llm": {"trainable": 5, "frozen": 0}}
     monitor.describe("instruct", "parameters", counts)
+    monitor.close()
     assert json.loads((tmp_path / "instruct" / "parameters.json").read_text()) == counts
     assert kept == {"instruct.parameters": counts}
 
@@ -62,111 +64,9 @@ def test_a_silent_monitor_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wandb_goes_offline_at_once_when_its_server_is_away(monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    notes = []
-    start = time.monotonic()
-    assert choose_mode("auto", notes.append) == "offline"
-    assert time.monotonic() - start < 5
-    assert "does not answer" in notes[0]
-    assert choose_mode("disabled", notes.append) == "disabled"
-    assert choose_mode("offline", notes.append) == "offline"
-
-
-class FailingRun:
-    def define_metric(self, name, step_metric):
-        self.defined = name
-
-    def log(self, figures):
-        raise ConnectionError("the server went away")
-
-    def finish(self, exit_code):
-        time.sleep(60)
-
-
-def test_an_error_of_wandb_switches_it_off_and_closing_never_waits_for_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracker, "_start", lambda *arguments: FailingRun())
-    monkeypatch.setattr(tracker, "_CLOSE_S", 0.2)
-    notes = []
-    hanging, failing = (Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append) for _ in range(2))
-    start = time.monotonic()
-    hanging.close(failed=False)
-    assert time.monotonic() - start < 5
-    assert "did not finish" in notes.pop()
-    failing.log("vision", 1, {"loss": 1.0})
-    assert "the server went away" in notes.pop()
-    failing.log("vision", 2, {"loss": 1.0})
-    failing.close(failed=True)
-    assert notes == []
-
-
 def test_charts_are_grouped_by_what_they_show():
     names = ["loss/scenes", "lr/vit", "mfu", "skipped/scenes/media", "held_out/caption_exact"]
     assert [section_of(name) for name in names] == ["loss", "optimisation", "throughput", "data", "evaluation"]
-
-
-def test_behind_a_proxy_it_is_the_proxy_that_must_answer(monkeypatch):
-    with socket.socket() as proxy:
-        proxy.bind(("127.0.0.1", 0))
-        proxy.listen()
-        port = proxy.getsockname()[1]
-        for name in ("no_proxy", "NO_PROXY", "https_proxy", "WANDB_MODE"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")  # no name server knows it
-        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
-        notes = []
-        assert choose_mode("online", notes.append) == "online"
-        monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{port}")  # the form without a scheme
-        assert choose_mode("online", notes.append) == "online"
-        monkeypatch.setenv("NO_PROXY", "wandb.invalid")
-        assert notes == []
-        assert choose_mode("online", notes.append) == "offline"
-        assert "wandb.invalid:443 does not answer" in notes[0]
-
-
-def test_what_fails_on_the_way_online_makes_the_run_offline(tmp_path, monkeypatch):
-    modes = []
-
-    def start(folder, config, settings, mode):
-        modes.append(mode)
-        if mode == "online":
-            raise TimeoutError("the run was not made in time")
-        return FailingRun()
-
-    monkeypatch.setattr(tracker, "choose_mode", lambda wanted, note: "online")
-    monkeypatch.setattr(tracker, "_start", start)
-    monkeypatch.setattr(tracker, "_CLOSE_FAILED_S", 0.2)
-    notes = []
-    run = Tracker(tmp_path, MonitorConfig("online"), {}, notes.append)
-    assert modes == ["online", "offline"]
-    assert "not made in time; `wandb sync` can send it later" in notes.pop()
-    began = time.monotonic()
-    run.close(failed=True)  # other ranks wait to hear of the failure: not a minute
-    assert time.monotonic() - began < 5
-    assert "did not finish" in notes.pop()
-
-
-def test_a_server_that_takes_the_call_and_never_answers_makes_the_run_offline(tmp_path, monkeypatch):
-    """With wandb itself, whose failed start holds the run's id until it is torn down."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-        monkeypatch.delenv("http_proxy", raising=False)
-        monkeypatch.delenv("HTTP_PROXY", raising=False)
-        monkeypatch.setattr(tracker, "_INIT_S", 2.0)
-        notes = []
-        run = Tracker(tmp_path, MonitorConfig("online"), {}, notes.append)
-        run.log("vision", 1, {"loss": 1.0})
-        run.close(failed=False)
-    assert len(notes) == 1
-    assert "wandb is offline: CommError" in notes[0]
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_figures_without_room_are_told_of_once_and_leave_no_half_line(tmp_path, monkeypatch):

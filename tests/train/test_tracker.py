@@ -1,0 +1,242 @@
+"""wandb can be away, refuse, fail, die or hang without harm; what it is given is what was measured."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from qwen2vl_train.config import MonitorConfig
+from qwen2vl_train.training import tracker
+from qwen2vl_train.training.tracker import Tracker, choose_mode
+
+KEY = "x" * 40
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path_factory, monkeypatch):
+    """Nobody is logged in, and wandb writes nothing into the home folder."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    for name in ("WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(home / name))
+    return home
+
+
+@contextmanager
+def listening():
+    """The port of a server that takes calls and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+class Run:
+    """Takes the place of wandb's run: `log` does what it is told."""
+
+    def __init__(self, log=lambda figures: None, finish=lambda exit_code=0: None):
+        self.log, self.finish = log, finish
+        self.facts = {}
+        self.config = SimpleNamespace(update=lambda facts, allow_val_change: self.facts.update(facts))
+
+    def define_metric(self, name, step_metric):
+        self.defined = name
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Let trackers start with the run that is passed, without wandb."""
+
+    def use(run):
+        monkeypatch.setattr(tracker, "_start", lambda *arguments: run)
+        monkeypatch.setattr(tracker, "_tear_down", lambda: None)
+
+    return use
+
+
+def raise_connection_error(figures):
+    raise ConnectionError("the server went away")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# online or offline
+
+
+def test_wandb_goes_offline_at_once_when_its_server_is_away(monkeypatch):
+    with listening() as port:
+        pass
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    notes = []
+    start = time.monotonic()
+    assert choose_mode("auto", notes.append) == "offline"
+    assert time.monotonic() - start < 5
+    assert "does not answer" in notes[0]
+    assert choose_mode("disabled", notes.append) == "disabled"
+    assert choose_mode("offline", notes.append) == "offline"
+
+
+def test_the_environment_can_switch_wandb_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = Tracker(tmp_path, MonitorConfig("auto"), {}, print)
+    run.log("vision", 1, {"loss": 1.0})
+    run.close(failed=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_behind_a_proxy_it_is_the_proxy_that_must_answer(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with listening() as port:
+        for name in ("no_proxy", "NO_PROXY", "https_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")  # no name server knows it
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        notes = []
+        assert choose_mode("online", notes.append) == "online"
+        monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{port}")  # the form without a scheme
+        assert choose_mode("online", notes.append) == "online"
+        monkeypatch.setenv("NO_PROXY", "wandb.invalid")
+        assert notes == []
+        assert choose_mode("online", notes.append) == "offline"
+        assert "wandb.invalid:443 does not answer" in notes[0]
+
+
+def test_what_fails_on_the_way_online_makes_the_run_offline(tmp_path, monkeypatch, start):
+    modes = []
+
+    def open_run(folder, config, settings, mode):
+        modes.append(mode)
+        if mode == "online":
+            raise TimeoutError("the run was not made in time")
+        return Run()
+
+    start(None)
+    monkeypatch.setattr(tracker, "choose_mode", lambda wanted, note: "online")
+    monkeypatch.setattr(tracker, "_start", open_run)
+    notes = []
+    Tracker(tmp_path, MonitorConfig("online"), {}, notes.append).close(failed=False)
+    assert modes == ["online", "offline"]
+    (note,) = notes
+    assert "not made in time; `wandb sync` can send it later" in note
+
+
+def test_a_server_that_takes_the_call_and_never_answers_makes_the_run_offline(tmp_path, monkeypatch):
+    """With wandb itself, whose failed start holds the run's id until it is torn down."""
+    with listening() as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setattr(tracker, "_INIT_S", 2.0)
+        notes = []
+        run = Tracker(tmp_path, MonitorConfig("online"), {}, notes.append)
+        run.log("vision", 1, {"loss": 1.0})
+        run.close(failed=False)
+    assert len(notes) == 1
+    assert "wandb is offline: CommError" in notes[0]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors and waits
+
+
+def test_an_error_of_wandb_switches_it_off_with_one_note(tmp_path, start):
+    start(Run(log=raise_connection_error))
+    notes = []
+    failing = Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append)
+    failing.log("vision", 1, {"loss": 1.0})
+    failing.log("vision", 2, {"loss": 1.0})
+    failing.close(failed=True)
+    (note,) = notes
+    assert "the server went away" in note
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_closing_never_waits_for_long(tmp_path, monkeypatch, start, failed):
+    """After a failure other ranks wait to hear of it: not a minute."""
+    hangs = threading.Event()
+    start(Run(finish=lambda exit_code: hangs.wait()))
+    monkeypatch.setattr(tracker, "_CLOSE_FAILED_S" if failed else "_CLOSE_S", 0.2)
+    monkeypatch.setattr(tracker, "_KILLED_S", 0.2)
+    notes = []
+    run = Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append)
+    began = time.monotonic()
+    run.close(failed)
+    assert time.monotonic() - began < 2.5  # the other limit is at least 3 s
+    (note,) = notes
+    assert "did not finish" in note
+    hangs.set()
+
+
+def test_wandb_that_hangs_in_log_holds_up_nobody_and_is_switched_off(tmp_path, monkeypatch, start):
+    hangs = threading.Event()
+    start(Run(log=lambda figures: hangs.wait()))
+    monkeypatch.setattr(tracker, "_CLOSE_FAILED_S", 0.2)
+    monkeypatch.setattr(tracker, "_KILLED_S", 0.2)
+    notes = []
+    run = Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append)
+    began = time.monotonic()
+    for step in range(tracker._MAX_CALLS + 10):
+        run.log("vision", step, {"loss": 1.0})
+    run.close(failed=False)  # it is off, so not a minute
+    assert time.monotonic() - began < 30
+    (note,) = notes
+    assert f"has not answered for {tracker._MAX_CALLS} calls" in note
+    hangs.set()
+
+
+def test_wandb_that_hangs_as_it_starts_is_switched_off(tmp_path, monkeypatch, start):
+    hangs = threading.Event()
+    start(None)
+    monkeypatch.setattr(tracker, "_start", lambda *arguments: hangs.wait())
+    for limit in ("_OPEN_S", "_CLOSE_FAILED_S", "_KILLED_S"):
+        monkeypatch.setattr(tracker, limit, 0.2)
+    notes = []
+    run = Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append)
+    run.log("vision", 1, {"loss": 1.0})
+    run.close(failed=False)
+    (note,) = notes
+    assert "did not start" in note
+    hangs.set()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from qwen2vl_train.config import MonitorConfig
+from qwen2vl_train.training import tracker
+tracker._CLOSE_S = 1.0
+run = tracker.Tracker(Path(sys.argv[1]), MonitorConfig("offline"), {}, print)
+service = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")
+           if path.read_text().split()[1] == "(wandb-core)" and path.read_text().split()[3] == str(os.getpid())]
+os.kill(service[0], signal.SIGSTOP)
+for step in range(10):
+    run.log("vision", step, {"loss": 1.0})
+print(service[0], flush=True)
+run.close(failed=False)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_stopped_service_of_wandb_holds_up_neither_the_end_nor_the_exit_of_the_process(tmp_path):
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    service = None
+    try:
+        service = int(process.stdout.readline())
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        if service and os.path.exists(f"/proc/{service}") and process.returncode != 0:
+            os.kill(service, signal.SIGKILL)
+    assert process.returncode == 0
+    assert rest == "wandb is off: it did not finish within 1 s; the figures are in metrics.jsonl\n"
