@@ -35,7 +35,7 @@ _FINISH_S = 30.0  # until wandb itself gives up sending
 _CLOSE_S, _CLOSE_FAILED_S = 60.0, 3.0
 _KILLED_S = 5.0
 _MAX_CALLS = 1000  # that wait: figures of 10,000 steps at log_every=10
-_SERVER = "https://api.wandb.ai"
+_PUBLIC = ("api.wandb.ai", "api.forge.coreweave.com")  # two names of one server; releases differ in which they use
 
 
 class Tracker:
@@ -136,15 +136,16 @@ class Tracker:
 
 
 def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
-    """The mode for wandb: "auto" is online with a login; online becomes offline when its server does not answer."""
+    """The mode for wandb: online with an API key for its server and an answer from there, if that is wanted."""
     wanted = _wanted(wanted)
     if wanted == "disabled":
         return "disabled"
-    if wanted == "offline":
+    if wanted in ("offline", "dryrun"):
         return "offline"
-    if wanted == "auto" and not _has_login():
+    server = _server()
+    if _login(server) is None:
+        note(f"wandb is offline, no API key for {urlsplit(server).netloc}: `wandb login`, later `wandb sync`")
         return "offline"
-    server = os.environ.get("WANDB_BASE_URL", _SERVER)
     address = urlsplit(_proxy_of(server) or server)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
@@ -169,6 +170,34 @@ def _proxy_of(url: str) -> str | None:
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
+def _server() -> str:
+    """The server's address: from the environment, wandb's settings file, or the release's default."""
+    if named := os.environ.get("WANDB_BASE_URL"):
+        return named
+    import wandb
+
+    return str(wandb.setup(_quiet()).settings.base_url)
+
+
+def _login(server: str) -> dict[str, str] | None:
+    """Settings with which wandb logs in to `server` without asking; None where there is no login.
+
+    As wandb looks for it: in the environment, then in netrc under the server's name (earlier releases: without port).
+    """
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return {}  # wandb reads it
+    if key := os.environ.get("WANDB_API_KEY"):
+        return {"api_key": key}
+    address = urlsplit(server)
+    names = _PUBLIC if address.netloc in _PUBLIC else (address.netloc, address.hostname or "")
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return None
+    keys = [logins[name][2] for name in names if name in logins]
+    return {"api_key": keys[0]} if keys and keys[0] else None
+
+
 def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mode: Mode) -> Any:
     import wandb
 
@@ -176,6 +205,7 @@ def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mo
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8])
     wandb.setup(_quiet())  # the run's own settings do not silence wandb's words before and after it
+    login = _login(_server()) if mode == "online" else None
     # wandb then writes what it could not send for `wandb sync`; killed, it would not. Early releases do not know it
     patience = {"finish_timeout": _FINISH_S, "finish_timeout_raises": True}
     known = {name: value for name, value in patience.items() if name in wandb.Settings.model_fields}
@@ -187,7 +217,9 @@ def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mo
         mode=mode,
         dir=str(run_dir),
         config=dict(settings),
-        settings=_quiet(console="off", init_timeout=_INIT_S, x_disable_stats=mode == "offline", **known),
+        settings=_quiet(
+            console="off", init_timeout=_INIT_S, x_disable_stats=mode == "offline", **known, **(login or {})
+        ),
     )
 
 
@@ -195,15 +227,6 @@ def _quiet(**settings: Any) -> Any:
     import wandb
 
     return wandb.Settings(silent=True, **settings)
-
-
-def _has_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _tear_down() -> None:

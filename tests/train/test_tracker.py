@@ -1,5 +1,6 @@
 """wandb can be away, refuse, fail, die or hang without harm; what it is given is what was measured."""
 
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +85,46 @@ def test_wandb_goes_offline_at_once_when_its_server_is_away(monkeypatch):
     assert "does not answer" in notes[0]
     assert choose_mode("disabled", notes.append) == "disabled"
     assert choose_mode("offline", notes.append) == "offline"
+
+
+@pytest.mark.parametrize(("setting", "variable"), [("online", None), ("auto", "online"), ("auto", None)])
+def test_without_an_api_key_wandb_is_offline_with_a_note_and_asks_nobody(monkeypatch, setting, variable):
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    notes = []
+    with listening() as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        assert choose_mode(setting, notes.append) == "offline"
+    (note,) = notes
+    assert f"no API key for 127.0.0.1:{port}" in note
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "127.0.0.1"])
+def test_a_login_in_netrc_counts_for_the_server_that_it_names(monkeypatch, environment, form):
+    notes = []
+    with listening() as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        netrc = environment / "netrc"
+        netrc.write_text(f"machine api.wandb.ai\n login user\n password {KEY}\n")
+        assert choose_mode("auto", notes.append) == "offline"
+        netrc.write_text(f"machine {form.format(port=port)}\n login user\n password {KEY}\n")
+        assert choose_mode("auto", notes.append) == "online"
+    assert len(notes) == 1
+
+
+def test_the_public_server_is_one_under_its_two_names(environment):
+    (environment / "netrc").write_text(f"machine api.wandb.ai\n login user\n password {KEY}\n")
+    assert tracker._login("https://api.forge.coreweave.com") == {"api_key": KEY}
+    assert tracker._login("https://api.wandb.ai") == {"api_key": KEY}
+    assert tracker._login("https://wandb.example.org") is None
+
+
+def test_the_environments_old_word_for_offline_is_understood(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with listening() as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        assert choose_mode("auto", print) == "offline"
 
 
 def test_the_environment_can_switch_wandb_off(tmp_path, monkeypatch):
@@ -240,3 +282,57 @@ def test_a_stopped_service_of_wandb_holds_up_neither_the_end_nor_the_exit_of_the
             os.kill(service, signal.SIGKILL)
     assert process.returncode == 0
     assert rest == "wandb is off: it did not finish within 1 s; the figures are in metrics.jsonl\n"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """As much of wandb's server as a run needs to start; `keys` are those it was called with."""
+
+    keys: set[str]
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.keys.add(self.headers.get("Authorization", ""))
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        bucket = {"id": "aWQ=", "name": "n", "displayName": "n", "config": "{}", "sweepName": None, "project": project}
+        answers = {
+            b"upsertBucket": {"upsertBucket": {"bucket": bucket | {"historyLineCount": 0}, "inserted": True}},
+            b"RunResumeStatus": {"model": {"bucket": None}},
+        }
+        data = next((answer for word, answer in answers.items() if word in body), {})
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *arguments):
+        """Nothing on the console."""
+
+
+def test_a_server_that_dies_in_mid_run_costs_neither_time_nor_the_run(tmp_path, monkeypatch, environment):
+    """Logged in by netrc, so that the key's way to the server is seen, too."""
+    Answers.keys = set()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    (environment / "netrc").write_text(f"machine 127.0.0.1\n login user\n password {KEY}\n")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(tracker, "_FINISH_S", 1.0)
+    notes = []
+    try:
+        run = Tracker(tmp_path, MonitorConfig("online"), {}, notes.append)
+        assert notes == []
+        assert run._run.settings.mode == "online"
+        assert any(Answers.keys)
+    finally:
+        server.shutdown()
+        server.server_close()
+    began = time.monotonic()
+    for step in range(20):
+        run.log("vision", step, {"loss": 1.0})
+    assert time.monotonic() - began < 1
+    run.close(failed=False)
+    assert time.monotonic() - began < 30
+    (note,) = notes
+    assert "wandb is off: TimeoutError" in note
+    (kept,) = tmp_path.glob("wandb/run-*/*.wandb")
+    assert b"loss/vision.loss" in kept.read_bytes()  # for `wandb sync`
