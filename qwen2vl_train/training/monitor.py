@@ -63,8 +63,11 @@ class Monitor:
     def forget_after(self, stage: str, step: int) -> None:
         """Drop logged lines of `stage` later than `step`: the resumed run will write them again.
 
-        A line that a killed run left half, or that is damaged otherwise, goes, too.
+        A line that a killed run left half, or that is damaged otherwise, goes, too. Of a stage that begins anew (`step`
+        below 0) wandb gets a new run.
         """
+        if self._tracker is not None and step < 0:
+            self._tracker.begin_anew(stage)
         if not self._active or not self._path.exists():
             return
         lines = read_lines(self._path)

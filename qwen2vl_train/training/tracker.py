@@ -22,6 +22,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from data_pipelines.whole import write_whole
 from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.sections import SECTIONS, section_of
 from qwen2vl_train.training.shown import Box, Shown
@@ -66,12 +67,16 @@ class Tracker:
 
     def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:
         """Keep `facts` of a stage beside the run's settings."""
-        self._call(lambda: self._run.config.update({f"{stage}.{name}": dict(facts)}, allow_val_change=True))
+        self._call(lambda: self._describe({f"{stage}.{name}": dict(facts)}))
 
     def show(self, stage: str, samples: Sequence[Shown]) -> None:
         """A table of held-out pictures with true and predicted text and boxes."""
         if samples:
             self._call(lambda: self._run.log({f"evaluation/{stage}.samples": _table(samples)}))
+
+    def begin_anew(self, stage: str) -> None:
+        """`stage` starts over; where the run has a curve of it already, another run of the same group takes over."""
+        self._call(lambda: self._renew() if stage in _read_identity(self._run_dir)[1:] else None)
 
     def close(self, failed: bool) -> None:
         """Finish the run in a bounded time; nothing of wandb is left then that this process's exit would wait for."""
@@ -132,7 +137,20 @@ class Tracker:
             for section in SECTIONS:
                 self._run.define_metric(f"{section}/{stage}.*", step_metric=f"steps/{stage}")
             self._axes.add(stage)
+            identity = _read_identity(self._run_dir)
+            if identity and stage not in identity[1:]:
+                _write_identity(self._run_dir, [*identity, stage])
         self._run.log(figures)
+
+    def _describe(self, facts: dict[str, Any]) -> None:
+        self._settings |= facts  # also for the run that may take over
+        self._run.config.update(facts, allow_val_change=True)
+
+    def _renew(self) -> None:
+        self._run.finish()
+        _write_identity(self._run_dir, [])
+        self._axes.clear()
+        self._open()
 
 
 def choose_mode(wanted: str, note: Callable[[str], None]) -> Mode:
@@ -201,9 +219,10 @@ def _login(server: str) -> dict[str, str] | None:
 def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mode: Mode) -> Any:
     import wandb
 
-    identity = run_dir / "wandb_id"
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8])
+    identity = _read_identity(run_dir)
+    if not identity:
+        identity = [uuid.uuid4().hex[:8]]
+        _write_identity(run_dir, identity)
     wandb.setup(_quiet())  # the run's own settings do not silence wandb's words before and after it
     login = _login(_server()) if mode == "online" else None
     # wandb then writes what it could not send for `wandb sync`; killed, it would not. Early releases do not know it
@@ -212,7 +231,8 @@ def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mo
     return wandb.init(
         project=config.project,
         name=run_dir.name,
-        id=identity.read_text(),
+        group=run_dir.name,
+        id=identity[0],
         resume="allow",
         mode=mode,
         dir=str(run_dir),
@@ -244,6 +264,16 @@ def _kill_service() -> None:
             name, _, fields = path.read_text().partition("(")[2].rpartition(")")  # 12 (wandb-core) S PARENT ...
             if name == "wandb-core" and int(fields.split()[1]) == os.getpid():
                 os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def _read_identity(run_dir: Path) -> list[str]:
+    """The wandb run's id, then each stage that it has a curve of; empty before the first start."""
+    path = run_dir / "wandb_id"
+    return path.read_text().split() if path.exists() else []
+
+
+def _write_identity(run_dir: Path, identity: Sequence[str]) -> None:
+    write_whole(run_dir / "wandb_id", "\n".join(identity))
 
 
 def _table(samples: Sequence[Shown]) -> Any:

@@ -56,6 +56,15 @@ def test_facts_of_a_stage_stand_in_its_folder_and_in_wandbs_settings(tmp_path, m
     assert kept == {"instruct.parameters": counts}
 
 
+def test_a_stage_that_begins_anew_does_so_in_wandb_one_that_resumes_does_not(tmp_path, monitor, monkeypatch):
+    anew = []
+    monkeypatch.setattr(monitor._tracker, "begin_anew", anew.append)
+    monitor.forget_after("vision", 100)
+    assert anew == []
+    monitor.forget_after("multitask", -1)
+    assert anew == ["multitask"]
+
+
 def test_a_silent_monitor_writes_nothing(tmp_path):
     silent = Monitor(tmp_path, MonitorConfig("online"), {}, active=False)
     silent.log("vision", 1, {"loss": 1.0})

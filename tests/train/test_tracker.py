@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.training import tracker
+from qwen2vl_train.training.shown import Box, Shown
 from qwen2vl_train.training.tracker import Tracker, choose_mode
 
 KEY = "x" * 40
@@ -336,3 +339,92 @@ def test_a_server_that_dies_in_mid_run_costs_neither_time_nor_the_run(tmp_path, 
     assert "wandb is off: TimeoutError" in note
     (kept,) = tmp_path.glob("wandb/run-*/*.wandb")
     assert b"loss/vision.loss" in kept.read_bytes()  # for `wandb sync`
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what wandb is given
+
+
+def test_a_second_start_resumes_the_same_run(tmp_path):
+    notes = []
+    for step in (1, 2):
+        run = Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append)
+        run.log("vision", step, {"loss": 1.0})
+        run.close(failed=False)
+        time.sleep(1.1 - time.time() % 1)  # wandb names the folder by the second
+    identity = (tmp_path / "wandb_id").read_text().split()
+    folders = list(tmp_path.glob("wandb/offline-run-*"))
+    assert [folder.name.rpartition("-")[2] for folder in folders] == [identity[0]] * 2
+    assert identity[1:] == ["vision"]
+    assert notes == []
+
+
+def test_a_stage_that_begins_anew_gets_another_run_of_the_same_group(tmp_path, monkeypatch):
+    """Else its second attempt's curve would lie over the first one's."""
+    import wandb
+
+    begun, notes = [], []
+
+    def init(**settings):
+        begun.append(settings)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    first = Tracker(tmp_path, MonitorConfig("offline"), {"seed": 1}, notes.append)
+    first.begin_anew("vision")  # it has no curve yet
+    first.log("vision", 1, {"loss": 1.0})
+    first.close(failed=False)
+    second = Tracker(tmp_path, MonitorConfig("offline"), {"seed": 1}, notes.append)
+    second.begin_anew("multitask")
+    second.log("multitask", 1, {"loss": 1.0})
+    second.describe("vision", "parameters", {"trainable": 7})
+    second.begin_anew("vision")
+    second.begin_anew("multitask")  # not in the new run, so nothing is in its way
+    second.log("vision", 1, {"loss": 1.0})
+    second.close(failed=False)
+    assert notes == []
+    ids = [settings["id"] for settings in begun]
+    assert ids[0] == ids[1] != ids[2]
+    assert len(ids) == 3
+    assert {settings["group"] for settings in begun} == {tmp_path.name}
+    assert begun[2]["config"] == {"seed": 1, "vision.parameters": {"trainable": 7}}
+    assert (tmp_path / "wandb_id").read_text().split() == [ids[2], "vision"]
+
+
+def test_pictures_and_frames_reach_wandb_with_both_kinds_of_boxes(tmp_path, environment):
+    """Boxes belong to stills; a clip's frames lie side by side."""
+    picture = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    frames = np.concatenate([picture, picture[::-1]], axis=1)
+    boxes = (Box((0.1, 0.2, 0.5, 0.6), "true", False), Box((0.2, 0.3, 0.6, 0.7), "predicted", True))
+    notes = []
+    run = Tracker(tmp_path, MonitorConfig("offline"), {}, notes.append)
+    still = Shown("referring", "web/7", picture, "where is it?", "there", "here", False, boxes)
+    run.show("vision", [still, Shown("clips", "web/8", frames, "what happens?", "it falls", "it falls", True)])
+    run.close(failed=False)
+    staged = [path for path in (environment / "WANDB_DATA_DIR" / "artifacts" / "staging").iterdir() if path.is_file()]
+    pictures = [np.asarray(Image.open(path)) for path in staged if path.read_bytes().startswith(b"\x89PNG")]
+    tables = [json.loads(path.read_text()) for path in staged if path.read_bytes().startswith(b'{"_type": "table"')]
+    by_width = {shown.shape[1]: shown for shown in pictures}
+    assert (by_width[40] == picture).all()
+    assert (by_width[80] == frames).all()
+    (rows,) = {json.dumps(table["data"]): table["data"] for table in tables}.values()
+    images = [row.pop(2) for row in rows]
+    assert rows == [
+        ["referring", "web/7", "where is it?", "there", "here", False],
+        ["clips", "web/8", "what happens?", "it falls", "it falls", True],
+    ]
+    assert [(image["width"], image["height"]) for image in images] == [(40, 30), (80, 30)]
+    assert images[0]["boxes"] == {
+        "truth": [
+            {"position": {"minX": 0.1, "minY": 0.2, "maxX": 0.5, "maxY": 0.6}, "class_id": 0, "box_caption": "true"}
+        ],
+        "prediction": [
+            {
+                "position": {"minX": 0.2, "minY": 0.3, "maxX": 0.6, "maxY": 0.7},
+                "class_id": 1,
+                "box_caption": "predicted",
+            }
+        ],
+    }
+    assert "boxes" not in images[1]
+    assert notes == []
