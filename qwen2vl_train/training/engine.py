@@ -108,9 +108,14 @@ class Engine:
 
         Gradients that are not finite leave parameters and optimizer state as they are: see `skipped`.
         """
-        if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._zero_stage == 0:
             self._finish_whole_gradients()
         self._engine.step()
+        if last and self._zero_stage in (1, 2) and self.skipped:
+            # With an offloaded bf16 optimizer DeepSpeed (0.19.8) keeps them and adds all later ones to them.
+            for group in getattr(self._optimizer, "averaged_gradients", {}):
+                self._optimizer.averaged_gradients[group] = None
 
     def _finish_whole_gradients(self) -> None:
         """Clip the (reduced, unpartitioned) gradients of stage 0, where DeepSpeed keeps no norm and checks nothing."""
