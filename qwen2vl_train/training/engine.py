@@ -206,8 +206,8 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote at the same world size (stage 0, which partitions nothing: at any). Collective.
 
-        Parameters, moments and counts of updates are the checkpoint's; learning rates, weight decay, betas and epsilon
-        are this run's, where DeepSpeed would bring back those that the checkpoint was written with.
+        Parameters, moments and counts of updates are the checkpoint's; learning rates, weight decay, betas, epsilon and
+        the norm to clip by are this run's, where DeepSpeed would bring back those that the checkpoint was written with.
         """
         groups = self._engine.basic_optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -216,6 +216,8 @@ class Engine:
             raise UserError(f"{folder}: DeepSpeed found no checkpoint in it; name another one with resume=PATH")
         for group, kept in zip(self._engine.basic_optimizer.param_groups, settings, strict=True):
             group.update(kept)
+        if self._zero_stage > 0:
+            self._optimizer.clip_grad = self._clip_norm
 
     def load_universal(self, folder: Path, written: Path) -> None:
         """Restore a universal checkpoint under `folder`/engine, converted from the one in `written`. Collective.

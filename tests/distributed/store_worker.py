@@ -1,9 +1,10 @@
 """One rank of the tests of engine and checkpoints without the loop around them: trains on hand-made packs and saves.
 
 Usage (under torchrun): store_worker FOLDER/main/checkpoints OPTIONS.json   Keys of the options, all optional:
-    zero_stage; whole: elements below which ZeRO-3 keeps a parameter on every rank
+    zero_stage, precision, offload_optimizer, clip; whole: elements below which ZeRO-3 keeps a parameter on every rank
     steps: the step to train to, from the checkpoint that `resume` finds (default auto)
     trainable: the parts that train (default all)     seed: of the initial weights
+    tiny: true adds a trained parameter of two elements in a group of its own: of two ranks one holds its padding alone
     every: a checkpoint each so many steps     rate, weight_decay, betas: of AdamW     out: file of losses and weights
     kill: {"rank": r, "step": s} ends that rank by SIGKILL while the others write the checkpoint of step s
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from qwen2vl_train.config import CheckpointConfig, EngineConfig, LearningRates, OptimConfig
+from qwen2vl_train.model.head import LossOutput
 from qwen2vl_train.model.parts import freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.model.weights import initialise
@@ -36,15 +38,34 @@ PACKS = 4
 def build(world: World, options: dict) -> Engine:
     zero_stage, rate = options.get("zero_stage", 3), options.get("rate", 1e-3)
     whole = options.get("whole", 0)
-    config = EngineConfig(zero_stage, "fp32", param_persistence_threshold=whole, prefetch_bucket_size=100_000)
+    config = EngineConfig(
+        zero_stage,
+        options.get("precision", "fp32"),
+        offload_optimizer=options.get("offload_optimizer", False),
+        param_persistence_threshold=whole,
+        prefetch_bucket_size=100_000,
+        reduce_bucket_size=100_000,
+    )
     with building(config, world):
         model = Qwen2VL(CONFIG)
     initialise(model, seed=options.get("seed", 1), rank=world.rank)
     freeze(model, options.get("trainable", ("vit", "merger", "llm")))
     decay, betas = options.get("weight_decay", 0.05), tuple(options.get("betas", (0.9, 0.98)))
-    optim = OptimConfig(LearningRates(rate, rate, rate), betas=betas, weight_decay=decay, clip_norm=0.5)
+    clip = options.get("clip", 0.5)
+    optim = OptimConfig(LearningRates(rate, rate, rate), betas=betas, weight_decay=decay, clip_norm=clip)
     groups = parameter_groups(model, optim, CONFIG.vision.depth)
+    if options.get("tiny"):
+        groups.append(add_tiny_group(model, rate))
     return Engine(model, groups, optim, config, world, PACKS // world.size)
+
+
+def add_tiny_group(model: Qwen2VL, rate: float) -> dict:
+    """Two factors of the loss."""
+    model.scale = torch.nn.Parameter(torch.ones(2))
+    model.register_forward_hook(
+        lambda module, _, output: LossOutput(output.loss_sum * module.scale.prod(), output.token_losses)
+    )
+    return {"params": [model.scale], "name": "tiny", "lr": rate, "peak_lr": rate, "weight_decay": 0.0}
 
 
 def settings_of(engine: Engine) -> list[dict]:
@@ -64,6 +85,7 @@ def run(world: World, folder: Path, options: dict) -> None:
     path = store.find(options.get("resume", "auto"))
     done = store.load(engine, path)["step"] if path is not None else 0
     settings, updates = settings_of(engine), updates_of(engine)
+    clip = getattr(engine._optimizer, "clip_grad", None)  # stage 0: `Engine` clips
     engine.train()
     totals = LossTotals(2, world.device)
     losses = []
@@ -79,8 +101,8 @@ def run(world: World, folder: Path, options: dict) -> None:
             store.save(engine, step, {"stage": "main"})
     weights = dict(engine.full_tensors())
     if world.is_main and "out" in options:
-        result = {"from": str(path), "settings": settings, "updates": updates, "losses": losses, "weights": weights}
-        torch.save(result, options["out"])
+        result = {"from": str(path), "settings": settings, "clip": clip, "updates": updates, "losses": losses}
+        torch.save(result | {"weights": weights}, options["out"])
     engine.close()
 
 

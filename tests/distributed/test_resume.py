@@ -67,12 +67,24 @@ def test_frozen_parts_are_the_checkpoints_on_another_number_of_ranks(tmp_path, z
         assert torch.equal(resumed["weights"][name], weight), name
 
 
-@pytest.mark.parametrize("zero_stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
-def test_the_optimizers_settings_are_those_of_the_resumed_run_and_its_state_the_checkpoints(tmp_path, zero_stage):
-    train(1, tmp_path, zero_stage=zero_stage, steps=2)
-    first = torch.load(tmp_path / "seen.pt")["weights"]
-    changed = train(1, tmp_path, zero_stage=zero_stage, steps=2, rate=5e-4, weight_decay=0.3, betas=[0.8, 0.9])
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"),
+    [
+        (2, "fp32"),
+        pytest.param(0, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, "bf16", marks=pytest.mark.slow),  # another of DeepSpeed's optimizers
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_the_optimizers_settings_are_those_of_the_resumed_run_and_its_state_the_checkpoints(
+    tmp_path, zero_stage, precision
+):
+    engine = {"zero_stage": zero_stage, "precision": precision}
+    first = train(1, tmp_path, steps=2, **engine)["weights"]
+    changed = train(1, tmp_path, steps=2, rate=5e-4, weight_decay=0.3, betas=[0.8, 0.9], clip=0.25, **engine)
     assert changed["from"].endswith("step-00000002")
+    assert changed["clip"] == (0.25 if zero_stage else None)
     for group in changed["settings"]:
         assert group["peak_lr"] == 5e-4
         assert group["weight_decay"] == (0.0 if "no_decay" in group["name"] else 0.3)
