@@ -32,6 +32,7 @@ from qwen2vl_train.model.vision import VisionBlock
 from qwen2vl_train.model.weights import fill
 from qwen2vl_train.training.frozen import FrozenParts
 from qwen2vl_train.training.optim import build_optimizer
+from qwen2vl_train.training.universal import padding_passed_over, separate_steps
 from qwen2vl_train.training.world import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -222,19 +223,17 @@ class Engine:
     def load_universal(self, folder: Path, written: Path) -> None:
         """Restore a universal checkpoint under `folder`/engine, converted from the one in `written`. Collective.
 
-        Mends what DeepSpeed 0.19.8 leaves wrong in silence: it gives every group the first group's settings (see
-        `load`), and all groups one shared `step` tensor, which AdamW then advances once per group. Frozen parameters
-        are not in a universal checkpoint and would keep the values that the model was built with: they come from
-        `written`.
+        Mends what DeepSpeed 0.19.8 does wrong: it gives every group the first group's settings (see `load`) and the
+        same `step`, and fails at a group of nothing but padding (see `universal`). Frozen parameters are not in a
+        universal checkpoint and would keep the values that the model was built with: they come from `written`.
         """
         self._engine._config.load_universal_checkpoint = True
         try:
-            self.load(folder)
+            with padding_passed_over(self._optimizer):
+                self.load(folder)
         finally:
             self._engine._config.load_universal_checkpoint = False
-        for state in self._engine.basic_optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+        separate_steps(self._engine.basic_optimizer)
         named = self._engine.module.named_parameters()
         frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
         if not frozen:
