@@ -5,6 +5,10 @@ the fastest to the most frugal. Costs about a millisecond per setting: `model.fo
 
 What is counted beside it: under ZeRO-3 the parameters that are gathered at once, the buckets that gradients are reduced
 in, and the output matrix's gradient, which lies whole on the rank from the loss to its place in the backward pass.
+
+Offloading takes gradients off the GPU under ZeRO-3 alone (DeepSpeed 0.19.8). Stage 1 keeps all of them until the
+update, and in bf16 its own share once more, flat in float32. Stage 2 keeps its share: in bf16 until the update, in
+float32 to the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -113,17 +117,38 @@ def rank_memory(
     gathered = 0
     if setting.zero_stage == 3:
         gathered = min(_live_parameters(config, engine), sum(parameter_counts(config).values())) * element
-    on_host = state.optimizer + state.gradients if setting.offload_optimizer else 0
+    gradients, on_host = state.gradients, 0
+    if setting.offload_optimizer:
+        share = -(-trained // world)
+        on_host = share * _offloaded_bytes(setting)
+        if setting.zero_stage == 3:
+            gradients = 0
+        else:
+            buckets += matrix * element  # a buffer as large as the largest parameter that trains
+        if setting.zero_stage == 1 and element < FLOAT32:
+            gradients += share * FLOAT32
     on_host += state.parameters if setting.offload_parameters else 0
     return RankMemory(
         parameters=0 if setting.offload_parameters else state.parameters,
-        gradients=0 if setting.offload_optimizer else state.gradients,
+        gradients=gradients,
         optimizer=0 if setting.offload_optimizer else state.optimizer,
         gathered=gathered,
         buckets=buckets,
         activations=activations + head,
         host=on_host,
     )
+
+
+def _offloaded_bytes(setting: Setting) -> int:
+    """Host memory per parameter of a rank's share: float32 master, its gradient and two moments are 16, and more.
+
+    Stage 3 accumulates gradients there. Stages 1 and 2 have a copy of the updated weights on their way back; stage 2
+    accumulates gradients there in float32, for which it has no flat tensor on the GPU.
+    """
+    if setting.zero_stage == 3:
+        return 16 + FLOAT32
+    accumulates = setting.zero_stage == 2 and setting.element_bytes == FLOAT32
+    return 16 + setting.element_bytes + (FLOAT32 if accumulates else 0)
 
 
 def heaviest_packs(stage: StageConfig, sequence_parallel: int = 1) -> list[PackLengths]:

@@ -198,10 +198,32 @@ def test_memory_of_the_7b_on_eight_ranks_by_hand(tiny):
     assert memory.buckets == 2 * 50_000_000 * 4  # one is reduced while the next fills
     matrix = 152_064 * 3584
     assert memory.activations > 6 * matrix  # the output matrix's gradient, summed in float32, then in bf16
-    offloaded = rank_memory(SEVEN, stage, engine, replace(setting, offload_optimizer=True), 8)
-    assert (offloaded.gradients, offloaded.optimizer, offloaded.host) == (0, 0, 16 * count // 8)
     everything = rank_memory(SEVEN, stage, engine, replace(setting, offload_optimizer=True, offload_parameters=True), 8)
-    assert (everything.parameters, everything.host) == (0, 18 * count // 8)
+    assert (everything.parameters, everything.host) == (0, 22 * count // 8)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "gradients", "host"),
+    [
+        # bytes for each parameter of a rank's eighth; an engine holds these (measured)
+        (1, "bf16", 8 * 4 + 4, 18),  # grad_accum of all, flat float32 share; masters 4, .grad 4, moments 8, weights 2
+        (2, "bf16", 4, 18),
+        (3, "bf16", 0, 20),  # masters, .grad, moments, grad_partitions_flat_buffer 4
+        (1, "fp32", 8 * 4, 20),  # .grad of all; masters, .grad, moments, weights 4
+        (2, "fp32", 4, 24),  # and accumulated_grads_in_cpu 4
+        (3, "fp32", 0, 20),
+    ],
+)
+def test_offloading_leaves_gradients_on_the_gpu_in_stages_1_and_2(tiny, zero_stage, precision, gradients, host):
+    eighth, stage, engine = 8_291_375_616 // 8, stage_of(tiny), EngineConfig()
+    setting = Setting(zero_stage, precision, False, False, 1, 1, 1)
+    plain = rank_memory(SEVEN, stage, engine, setting, 8)
+    offloaded = rank_memory(SEVEN, stage, engine, replace(setting, offload_optimizer=True), 8)
+    assert (offloaded.gradients, offloaded.optimizer) == (gradients * eighth, 0)
+    assert (plain.host, offloaded.host) == (0, host * eighth)
+    # temp_grad_buffer_for_gpu_offload holds the largest parameter
+    largest = 152_064 * 3584 * setting.element_bytes if zero_stage < 3 else 0
+    assert offloaded.buckets == plain.buckets + largest
 
 
 def test_settings_that_could_not_run_are_not_proposed():
