@@ -63,9 +63,9 @@ def test_float32_equals_one_process_in_every_stage_of_zero(tmp_path, ranks):
     finished = torchrun(ranks, "tests.distributed.exact_worker", out, "fp32", "0,1,2,3", "1,2,4")
     assert finished.returncode == 0, finished.stderr[-3000:]
     cases = torch.load(out)
-    assert set(cases) == {(stage, accumulation) for stage in range(4) for accumulation in ACCUMULATIONS}
-    for (stage, accumulation), ours in cases.items():
-        theirs, case = one_process(ranks * accumulation), f"ZeRO {stage}, accumulation {accumulation}"
+    assert set(cases) == {(stage, each, 0) for stage in range(4) for each in ACCUMULATIONS} | {(3, 2, 100_000)}
+    for (stage, accumulation, whole), ours in cases.items():
+        theirs, case = one_process(ranks * accumulation), f"ZeRO {stage}, accumulation {accumulation}, whole {whole}"
         torch.testing.assert_close(
             torch.tensor(ours["losses"]), torch.tensor(theirs["losses"]), rtol=1e-6, atol=0, msg=case
         )
@@ -86,9 +86,10 @@ def test_bf16_accumulates_and_communicates_gradients_in_float32(tmp_path):
     finished = torchrun(2, "tests.distributed.exact_worker", out, "bf16", "1,2,3", "2,4")
     assert finished.returncode == 0, finished.stderr[-3000:]
     cases = torch.load(out)
-    assert set(cases) == {(stage, accumulation) for stage in (1, 2, 3) for accumulation in (2, 4)}
-    for (stage, accumulation), ours in cases.items():
-        theirs, case = one_process(2 * accumulation, torch.bfloat16), f"ZeRO {stage}, accumulation {accumulation}"
+    assert set(cases) == {(stage, each, 0) for stage in (1, 2, 3) for each in (2, 4)} | {(3, 2, 100_000)}
+    for (stage, accumulation, whole), ours in cases.items():
+        theirs = one_process(2 * accumulation, torch.bfloat16)
+        case = f"ZeRO {stage}, accumulation {accumulation}, whole {whole}"
         assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-6), case
         assert ours["norms"][0] == pytest.approx(theirs["norms"][0], rel=1e-5), case
         for name, gradient in theirs["gradients"].items():

@@ -97,6 +97,27 @@ def test_the_optimizers_settings_are_those_of_the_resumed_run_and_its_state_the_
     assert all(torch.equal(changed["weights"][name], first[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "offload"),
+    [
+        (2, "bf16", True),
+        pytest.param(1, "bf16", False, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", False, marks=pytest.mark.slow),
+        pytest.param(3, "bf16", False, marks=pytest.mark.slow),
+        pytest.param(3, "bf16", True, marks=pytest.mark.slow),
+        pytest.param(2, "fp32", True, marks=pytest.mark.slow),
+    ],
+)
+def test_bf16_and_offloaded_runs_go_on_bit_for_bit_on_the_same_ranks(tmp_path, zero_stage, precision, offload):
+    options = {"zero_stage": zero_stage, "precision": precision, "offload_optimizer": offload}
+    whole = train(1, tmp_path, **options)
+    resumed = train(1, tmp_path, resume=str(tmp_path / "main" / "checkpoints" / "step-00000002"), seed=2, **options)
+    assert set(resumed["updates"]) == {2}
+    assert resumed["losses"] == whole["losses"][2:]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+
+
 @pytest.mark.faults
 @pytest.mark.slow
 def test_a_rank_killed_while_a_checkpoint_is_written_is_not_called_a_full_disk(tmp_path):
