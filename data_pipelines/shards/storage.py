@@ -198,6 +198,8 @@ def _why_nothing(path: str) -> str:
     """Why a path names no file, for the error message: which part of it exists."""
     if os.path.isdir(path):
         return f": it is a folder; use {os.path.join(path, '*.tar')!r}"
+    if os.path.exists(path):
+        return ": it is no file, and shards are read every epoch: a pipe could be read once"
     folder = Path(path).parent
     if folder.is_dir():
         return f" (the folder exists and holds {sum(1 for _ in folder.iterdir())} entries)"

@@ -373,6 +373,15 @@ def test_a_source_without_usable_samples_is_an_error_with_the_reasons(tiny, many
         next(iter(StreamLoader(many, tiny.tokenizer, 4, 0, 1, seed=0)))
 
 
+def test_a_pipe_as_a_shard_is_refused_with_the_reason(tiny, many, tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    sources = {"many": replace(many.sources["many"], shards=(f"{tmp_path}/pipe.tar",))}
+    with pytest.raises(
+        ShardError, match=r"no shard matches '.*pipe.tar': it is no file, and shards are read every epoch"
+    ):
+        StreamLoader(replace(many, sources=sources), tiny.tokenizer, 4, 0, 1, seed=0)
+
+
 def children():
     listed = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     return [int(child) for child in listed]
