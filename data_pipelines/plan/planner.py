@@ -221,7 +221,7 @@ class _Cursor:
         first_epoch = self._order.place[0]
         while not self._open_block():
             if self._order.place[0] > first_epoch + 1:
-                raise self._nothing_usable()
+                raise nothing_usable(self._source.name, self._events)
 
     def state_dict(self) -> dict[str, Any]:
         drawn = None if self._size is None else self._size - length_hint(self.items)
@@ -254,7 +254,7 @@ class _Cursor:
         try:
             block = self._order.next_block()
         except UserError as error:
-            raise self._nothing_usable() from error
+            raise nothing_usable(self._source.name, self._events) from error
         table = self._source.table(block.shard)
         lengths, events = sample_lengths(self._source.name, table, block.rows, self._media, self._plan)
         self._events += events
@@ -295,12 +295,13 @@ class _Cursor:
             "wrote: finish the stage with that one, or start it anew (resume=none)"
         )
 
-    def _nothing_usable(self) -> ShardError:
-        reasons = Counter[str]()
-        for event in self._events:
-            if event.dataset == self._source.name:
-                reasons[event.reason] += event.num_samples
-        listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5)) or "the shards are empty"
-        example = next((event.message for event in self._events if event.dataset == self._source.name), "")
-        message = f"source {self._source.name!r} has no usable sample: {listed}. {example}"
-        return ShardError(self._source.name, "empty_source", message.strip())
+
+def nothing_usable(source: str, events: Sequence[LedgerEvent]) -> ShardError:
+    """The error of a source without one usable sample: the most frequent reasons, and what one of them says."""
+    mine = [event for event in events if event.dataset == source]
+    reasons = Counter[str]()
+    for event in mine:
+        reasons[event.reason] += event.num_samples
+    listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5)) or "the shards are empty"
+    example = mine[0].message if mine else ""
+    return ShardError(source, "empty_source", f"source {source!r} has no usable sample: {listed}. {example}".strip())

@@ -1,7 +1,9 @@
 """How far a stream is: which shards are done, epoch by epoch, over all ranks.
 
-Enters: the progress at the start of a run and what each rank has done since. Leaves: JSON of a bit a shard for each
-epoch under way, two or three as a rule; whole epochs are only counted, and forgotten whenever the ranks compare.
+Enters: the progress at the start of a run and what each rank has done since. Leaves: JSON of each epoch under way, two
+or three as a rule. Shards count by their places in the epoch's order, which all ranks read along, so nearly all that
+are done lie before the first that is not: they are a number, and only the few behind it take a bit each. Whole epochs
+are only counted, and forgotten whenever the ranks compare.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Epoch → the shards done in it, as bits of an integer.
+from data_pipelines.errors import UserError
+
+# Epoch → the shards done in it, as bits of an integer, by their places in the epoch's order.
 Done = Mapping[int, int]
-# A shard done: source, epoch, number.
+# A shard done: source, epoch, place.
 Ended = tuple[str, int, int]
 
 
@@ -27,8 +31,8 @@ class Progress:
         """With what the ranks have done since."""
         merged = dict(self.done)
         for rank in ranks:
-            for epoch, shards in rank.items():
-                merged[epoch] = merged.get(epoch, 0) | shards
+            for epoch, places in rank.items():
+                merged[epoch] = merged.get(epoch, 0) | places
         epoch = self.epoch
         while merged.get(epoch) == (1 << num_shards) - 1:
             del merged[epoch]
@@ -37,16 +41,33 @@ class Progress:
 
     def since(self, epoch: int) -> Progress:
         """The same without what is known of epochs before `epoch`, which are done."""
-        return Progress(epoch, {number: shards for number, shards in self.done.items() if number >= epoch})
+        return Progress(epoch, {number: places for number, places in self.done.items() if number >= epoch})
 
     def to_json(self) -> dict[str, Any]:
-        """The state as JSON."""
-        return {"epoch": self.epoch, "done": {str(epoch): f"{shards:x}" for epoch, shards in self.done.items()}}
+        """The state as JSON: each epoch's first place that is not done, and bits of those from it on."""
+        return {"epoch": self.epoch, "places": {str(epoch): _cut(done) for epoch, done in self.done.items()}}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Progress:
-        """What `to_json` wrote."""
-        return cls(state["epoch"], {int(epoch): int(shards, 16) for epoch, shards in state["done"].items()})
+        """What `to_json` wrote.
+
+        Raises:
+            UserError: the state is of a program that counted shards by their numbers.
+        """
+        if "places" not in state:
+            raise UserError(
+                "the stream's state counts its shards as earlier programs did: finish the stage with the program that "
+                "began it, or start it anew (resume=none)"
+            )
+        places = {
+            int(epoch): int(rest, 16) << first | (1 << first) - 1 for epoch, (first, rest) in state["places"].items()
+        }
+        return cls(state["epoch"], places)
+
+
+def _cut(done: int) -> list[int | str]:
+    first = (~done & done + 1).bit_length() - 1
+    return [first, f"{done >> first:x}"]
 
 
 @dataclass(slots=True)
@@ -58,15 +79,15 @@ class Tally:
 
     def add(self, ended: Iterable[Ended], tokens: int) -> None:
         """Count a pack or a step."""
-        for name, epoch, shard in ended:
+        for name, epoch, place in ended:
             epochs = self.done.setdefault(name, {})
-            epochs[epoch] = epochs.get(epoch, 0) | 1 << shard
+            epochs[epoch] = epochs.get(epoch, 0) | 1 << place
         self.tokens += tokens
 
     def forget(self, name: str, epoch: int) -> None:
         """Drop the epochs before `epoch`: they are done on all ranks."""
         mine = self.done.get(name, {})
-        self.done[name] = {number: shards for number, shards in mine.items() if number >= epoch}
+        self.done[name] = {number: places for number, places in mine.items() if number >= epoch}
 
     def copy(self) -> Tally:
         """One that goes on by itself."""

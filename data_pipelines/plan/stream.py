@@ -7,13 +7,13 @@ in the packer's pool, and the facts of a shard under way: a whole local tar that
     shards of this rank → samples, several shards mixed → mixture → lengths → packer → packs
 
 Every epoch permutes a source's shards; rank r of W reads the r-th, (r+W)-th, ... of those not yet done. A shard is done
-when its last sample left in a pack. State: the done shards of each epoch; a resume, under any number of ranks, reads
-the others from their beginning: no sample is lost, those of shards that were under way may come again.
+when its last sample left in a pack. State: the shards done in each epoch's order; a resume, under any number of ranks,
+reads the others from their beginning: no sample is lost, those of shards that were under way may come again.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -29,7 +29,7 @@ from data_pipelines.index.streamed import StreamedFacts
 from data_pipelines.plan.balance import PackCost
 from data_pipelines.plan.mixture import Mixture, mixture_phases
 from data_pipelines.plan.order import hash_key, permutation
-from data_pipelines.plan.planner import Pack, new_packer
+from data_pipelines.plan.planner import Pack, new_packer, nothing_usable
 from data_pipelines.plan.progress import Done, Ended, Progress
 from data_pipelines.plan.shelf import Item
 from data_pipelines.samples import LedgerEvent, Media, Record
@@ -69,9 +69,10 @@ class StreamedPack(Pack):
 
 @dataclass(slots=True)
 class _OpenShard:
-    """A shard under way: `rows` samples read, `waiting` of them in the pool."""
+    """A shard under way, at `place` of its epoch's order: `rows` samples read, `waiting` of them in the pool."""
 
     epoch: int
+    place: int
     shard: int
     samples: Iterator[RawSample]
     problems: list[ShardError]
@@ -84,7 +85,7 @@ class _OpenShard:
 class SourceStream:
     """One source's samples on one rank, endless. `done` are the shards done here, beyond those of `progress`.
 
-    `events` and `ended` (epoch, shard) tell what was lost and which shards were done since they were last cleared.
+    `events` and `ended` (epoch, place) tell what was lost and which shards were done since they were last cleared.
 
     Raises (from `next_sample`):
         ShardError: a shard that cannot be opened or reached, or two epochs without a usable sample.
@@ -134,7 +135,7 @@ class SourceStream:
             self._close_if_done(opened)
             self._ended_since_usable += 1
             if self._ended_since_usable > 2 * len(self.shards):
-                raise self._nothing_usable()
+                raise nothing_usable(self.name, self.events)
 
     def enter(self, opened: _OpenShard) -> None:
         """A sample of `opened` went into the pool."""
@@ -151,24 +152,27 @@ class SourceStream:
         """Note what a sample or shard lost."""
         self.events.append(LedgerEvent(self.name, error.key, error.reason, error.message))
 
-    def _shards_of(self, progress: Progress, rank: int, world: int) -> Iterator[tuple[int, int]]:
-        """This rank's (epoch, shard) without end. The split follows what was done when the run began, on all ranks."""
+    def _shards_of(self, progress: Progress, rank: int, world: int) -> Iterator[tuple[int, int, int]]:
+        """This rank's (epoch, place, shard) without end. The split follows what was done when the run began, on all
+        ranks.
+        """
         for epoch in count(progress.epoch):
-            order = permutation(len(self.shards), hash_key(self._seed, self.name, "stream", epoch)).tolist()
-            left = [shard for shard in order if not progress.done.get(epoch, 0) >> shard & 1]
-            for shard in left[rank::world]:
-                if not self._done.get(epoch, 0) >> shard & 1:
-                    yield epoch, shard
+            order = stream_order(len(self.shards), self._seed, self.name, epoch)
+            done = f"{progress.done.get(epoch, 0):0{len(order)}b}"[::-1]
+            left = [place for place in range(len(order)) if done[place] == "0"]
+            for place in left[rank::world]:
+                if not self._done.get(epoch, 0) >> place & 1:
+                    yield epoch, place, order[place]
 
     def _open_shards(self) -> None:
         """Keep `window_shards` open, all of one epoch."""
         while len(self._open) < self._config.plan.window_shards:
-            epoch, shard = self._next_place
+            epoch, place, shard = self._next_place
             if self._open and epoch != self._open[0].epoch:
                 return
             problems: list[ShardError] = []
             samples = stream_samples(self.shards[shard], self._config.remote, problems)
-            opened = _OpenShard(epoch, shard, samples, problems, StreamedFacts(self.shards[shard]))
+            opened = _OpenShard(epoch, place, shard, samples, problems, StreamedFacts(self.shards[shard]))
             self._open.append(opened)
             self._under_way[epoch, shard] = opened
             self._next_place = next(self._places)
@@ -182,13 +186,14 @@ class SourceStream:
 
     def _close_if_done(self, opened: _OpenShard) -> None:
         if opened.ended and not opened.waiting:
-            self.ended.append((opened.epoch, opened.shard))
+            self.ended.append((opened.epoch, opened.place))
             del self._under_way[opened.epoch, opened.shard]
 
-    def _nothing_usable(self) -> ShardError:
-        reasons = Counter(event.reason for event in self.events)
-        listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(5)) or "no samples"
-        return ShardError(self.name, "empty_source", f"source {self.name!r} has no usable sample: {listed}")
+
+def stream_order(num_shards: int, seed: int, source: str, epoch: int) -> list[int]:
+    """The shards of a source as an epoch's ranks take them in turn: at each place a shard's number."""
+    order: list[int] = permutation(num_shards, hash_key(seed, source, "stream", epoch)).tolist()
+    return order
 
 
 class StreamPlanner:

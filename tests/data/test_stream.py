@@ -1,5 +1,6 @@
 """Tars read once: what the webdataset package keeps silent is said, nothing is lost, a resume goes on by shard."""
 
+import bz2
 import gzip
 import io
 import json
@@ -17,7 +18,8 @@ from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.index.build import load_index
 from data_pipelines.index.streamed import StreamedFacts
-from data_pipelines.plan.progress import Progress, Tally
+from data_pipelines.plan.progress import Progress
+from data_pipelines.plan.stream import stream_order
 from data_pipelines.samples import Record
 from data_pipelines.shards.storage import REMOTE_DEFAULTS, LocalFile
 from data_pipelines.shards.stream import stream_samples
@@ -264,7 +266,8 @@ def test_a_resume_under_any_world_loses_no_sample_and_repeats_only_shards_under_
     state = ranks.state()
     assert state["stream"]["packs"] == 4 * steps
     progress = Progress.from_json(state["stream"]["sources"]["many"])
-    done = {shard for shard in range(8) if progress.done.get(progress.epoch, 0) >> shard & 1}
+    order = stream_order(8, 0, "many", progress.epoch)
+    done = {order[place] for place in range(8) if progress.done.get(progress.epoch, 0) >> place & 1}
     rest = Ranks(tiny, many, worlds[1], state)
     after = [key for _ in range(40) for key in rest.step()]
     counts = Counter(before)
@@ -291,19 +294,35 @@ def test_epochs_done_on_all_ranks_are_forgotten_and_the_packs_stay_the_same(tiny
     assert [resumed.step() for _ in range(5)] == [again.step() for _ in range(5)]
 
 
-def test_progress_counts_whole_epochs_and_keeps_the_rest_as_bits():
+def test_progress_counts_whole_epochs_and_keeps_the_rest_as_a_place_and_bits():
     progress = Progress(2, {2: 0b0001})
-    merged = progress.plus([{2: 0b0110, 3: 0b1000}, {2: 0b1000, 3: 0b0001}], 4)
-    assert merged == Progress(3, {3: 0b1001})
-    assert merged.to_json() == {"epoch": 3, "done": {"3": "9"}}
+    merged = progress.plus([{2: 0b0110, 3: 0b1011}, {2: 0b1000, 4: 0b1000}], 4)
+    assert merged == Progress(3, {3: 0b1011, 4: 0b1000})
+    assert merged.to_json() == {"epoch": 3, "places": {"3": [2, "2"], "4": [0, "8"]}}
     assert Progress.from_json(merged.to_json()) == merged
 
 
-def test_the_state_stays_small(tiny, many):
+def test_the_state_does_not_grow_with_the_shards():
+    """64 ranks took their shards in turn; the slowest is 20 shards behind the fastest, everywhere in the epoch."""
+    sizes = []
+    for num_shards in (10_000, 1_000_000):
+        done = 0
+        for rank in range(64):
+            ahead = num_shards // 128 - rank % 21
+            done |= sum(1 << rank + 64 * turn for turn in range(ahead - 21, ahead))
+        done |= (1 << 64 * (num_shards // 128 - 41)) - 1
+        progress = Progress(5, {5: done})
+        assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
+        sizes.append(len(json.dumps(progress.to_json())))
+    assert sizes[1] < sizes[0] + 10 < 1000
+
+
+def test_a_state_that_counts_shards_by_number_is_refused_with_the_remedy(tiny, many):
     loader = StreamLoader(many, tiny.tokenizer, 4, 0, 1, seed=0)
-    loader._shards["many"] *= 10_000  # 80,000 shards, each epoch's done ones as bits
-    loader._given = Tally({"many": {0: (1 << 80_000) - 2, 1: 1}})
-    assert len(json.dumps(loader.state_dict())) < 65536
+    state = loader.state_dict()
+    state["stream"]["sources"]["many"] = {"epoch": 0, "done": {"0": "5"}}
+    with pytest.raises(ValueError, match=r"counts its shards as earlier programs did: .*start it anew"):
+        loader.load_state_dict(state)
 
 
 def test_fewer_shards_than_ranks_is_an_error_with_the_remedy(tiny):
@@ -371,6 +390,20 @@ def test_a_source_without_usable_samples_is_an_error_with_the_reasons(tiny, many
         path.write_bytes(tar_bytes((f"{path.stem}.json", b'{"messages": []}')))
     with pytest.raises(ShardError, match=r"source 'many' has no usable sample: no_messages \(\d+\)"):
         next(iter(StreamLoader(many, tiny.tokenizer, 4, 0, 1, seed=0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.tar.bz2", bz2.compress(os.urandom(2000)), r"bad_header \(3\). compressed with bzip2: decompress it"),
+        ("x.jsonl", b'{"text": "a dog"}\n' * 100, r"bad_header \(3\). no tar header .*it begins with b'{.text"),
+    ],
+)
+def test_files_that_are_no_tars_are_told_with_what_one_of_them_says(tiny, many, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    sources = {"many": replace(many.sources["many"], shards=(f"{tmp_path}/{name}",))}
+    with pytest.raises(ShardError, match=f"source 'many' has no usable sample: {message}"):
+        next(iter(StreamLoader(replace(many, sources=sources), tiny.tokenizer, 4, 0, 1, seed=0)))
 
 
 def test_a_pipe_as_a_shard_is_refused_with_the_reason(tiny, many, tmp_path):
