@@ -12,7 +12,7 @@ A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -23,10 +23,12 @@ from data_pipelines.index.build import Counting, build_missing
 from data_pipelines.index.progress import Progress
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
+from data_pipelines.pack.feed import STALL_DEADLINES
 from data_pipelines.pack.plan_process import PlannedStep, PlanProcess
+from data_pipelines.pack.prefetch import InProcess, batches_of
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.slots import packs_ahead, slot_bytes
-from data_pipelines.pack.workers import MakeReader, NameSample, NameShards, WorkerPool
+from data_pipelines.pack.workers import NameSample, NameShards, WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
 from data_pipelines.plan.lengths import count_usable, fit_of_some
@@ -141,13 +143,13 @@ class PackLoader:
         self._planner = self._new_planner()
         self._state = self._planner.state_dict()
         self._plan: PlanProcess | None = None
-        self._pool: WorkerPool | None = None
+        self._pool: WorkerPool | InProcess | None = None
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         """Steps from the current state on; each is this rank's packs in slot order."""
         self.close()
         ahead: deque[dict[str, Any]] = deque()
-        batches = self._batches(self._packs_of_rank(ahead))
+        batches = self._batches(ahead)
         while True:
             step = list(islice(batches, self._packs_per_step // self._world))
             if not step:
@@ -182,12 +184,12 @@ class PackLoader:
         return notes
 
     def under_way(self) -> list[str]:
-        """What each busy worker is at, for a report about a rank that waits for its packs."""
-        pool = self._pool
-        return pool.under_way() if pool is not None else []
+        """What each busy worker, or the planner that is waited for, is at: for a report about a rank without packs."""
+        pool, plan = self._pool, self._plan
+        return [*(pool.under_way() if pool is not None else ()), *(plan.feed.under_way() if plan is not None else ())]
 
     def close(self) -> None:
-        """End the processes. Iterating again starts them anew from the current state."""
+        """End the processes, and close what is open. Iterating again starts them anew from the current state."""
         pool, self._pool = self._pool, None
         plan, self._plan = self._plan, None
         if pool is not None:
@@ -195,19 +197,39 @@ class PackLoader:
         if plan is not None:
             plan.close()
 
-    def _packs_of_rank(self, ahead: deque[dict[str, Any]]) -> Iterator[Pack]:
-        """This rank's packs without end; the plan's state after each step is appended to `ahead`."""
+    def _batches(self, ahead: deque[dict[str, Any]]) -> Iterator[PackedBatch]:
+        """This rank's packs without end as batches, made here or by workers; the state after each step as below."""
+        settings = self._config.loader
+        if settings.num_workers:
+            self._plan = PlanProcess(self._plan_steps, self._state, STALL_DEADLINES * settings.sample_timeout_s)
+        self._pool = open_pool(
+            self._config,
+            lambda watch: PackReader(self._sources, self._config, self._tokenizer, watch),
+            self._name_sample,
+            self._pin_memory,
+            name_shards=self._shards_of,
+        )
+        return batches_of(self._packs_of_rank(ahead), self._pool, self._plan.feed if self._plan is not None else None)
+
+    def _packs_of_rank(self, ahead: deque[dict[str, Any]]) -> Iterator[Pack | None]:
+        """This rank's packs without end, None where one is not planned yet; the plan's state after each step is
+        appended to `ahead`.
+        """
         for step in self._planned_steps():
+            if step is None:
+                yield None
+                continue
             ahead.append(step.state)
             yield from step.packs
 
-    def _planned_steps(self) -> Iterator[PlannedStep]:
+    def _planned_steps(self) -> Iterator[PlannedStep | None]:
         """The steps behind the current state, planned here or ahead of need."""
-        if self._config.loader.num_workers == 0:
+        plan = self._plan
+        if plan is None:
             yield from self._plan_steps(self._state)
-        plan = self._plan = PlanProcess(self._plan_steps, self._state)
-        while True:
-            yield plan.next_step()
+        else:
+            while True:
+                yield plan.take()
 
     def _plan_steps(self, state: dict[str, Any]) -> Iterator[PlannedStep]:
         """The steps behind `state`, without end; all ranks' packs are planned, this rank's given."""
@@ -220,22 +242,10 @@ class PackLoader:
                 packs = order_by_cost(packs, self._cost)
             yield PlannedStep(tuple(packs[self._rank :: self._world]), after)
 
-    def _batches(self, packs: Iterator[Pack]) -> Iterator[PackedBatch]:
-        """The packs as batches, made here or by workers."""
-        reader = PackReader(self._sources, self._config, self._tokenizer)
-        if self._config.loader.num_workers == 0:
-            yield from (batch.pin_memory() if self._pin_memory else batch for batch in map(reader.__getitem__, packs))
-        pool = self._pool = open_pool(
-            self._config,
-            lambda watch: PackReader(self._sources, self._config, self._tokenizer, watch).__getitem__,
-            lambda pack, number: (self.dataset_names[pack.items[number].source], reader.key(pack.items[number])),
-            self._pin_memory,
-            name_shards=self._shards_of,
-        )
-        while self._pool is pool:
-            while pool.has_room:
-                pool.submit(next(packs))
-            yield pool.next()
+    def _name_sample(self, pack: Pack, number: int) -> tuple[str, str]:
+        """(dataset, key) of a pack's sample."""
+        item = pack.items[number]
+        return self.dataset_names[item.source], self._sources[item.source].key(item.shard, item.row)
 
     def _shards_of(self, pack: Pack) -> str:
         """The shards of a pack's samples, as an error names them; no file is touched."""
@@ -267,18 +277,28 @@ def check_step(config: DataConfig, packs_per_step: int, rank: int, world: int) -
 
 def open_pool(
     config: DataConfig,
-    make_reader: MakeReader,
+    make_reader: Callable[[Callable[[int], None]], PackReader],
     name_sample: NameSample,
     pin_memory: bool,
     room: int = 0,
     name_shards: NameShards = lambda pack: f"pack {pack.number}",
-) -> WorkerPool:
-    """The workers of `config.loader`; a slot has `room` bytes beside the largest pack's."""
+) -> WorkerPool | InProcess:
+    """What makes the batches by `config.loader`: workers, or this process; packs bring up to `room` bytes along."""
     settings, size = config.loader, slot_bytes(config.plan.max_tokens, config.plan.max_patches)
+    if settings.num_workers == 0:
+        return InProcess(make_reader(lambda item: None), pin_memory)
     ahead = packs_ahead(settings.num_workers, settings.prefetch_factor, settings.prefetch_mb, size)
-    timeout_s = settings.sample_timeout_s
     return WorkerPool(
-        make_reader, name_sample, settings.num_workers, ahead, size + room, timeout_s, pin_memory, name_shards
+        lambda watch: make_reader(watch).__getitem__,
+        name_sample,
+        settings.num_workers,
+        ahead,
+        size,
+        settings.sample_timeout_s,
+        pin_memory,
+        name_shards,
+        room,
+        (settings.prefetch_mb << 20) - ahead * size,
     )
 
 

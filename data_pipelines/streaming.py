@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from data_pipelines.config import DataConfig
 from data_pipelines.loader import (
@@ -27,21 +27,25 @@ from data_pipelines.loader import (
     open_pool,
     source_facts,
 )
+from data_pipelines.pack.feed import STALL_DEADLINES, Watch
+from data_pipelines.pack.prefetch import InProcess, batches_of
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.slots import slot_bytes
 from data_pipelines.pack.stream_process import StreamProcess
 from data_pipelines.pack.workers import WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.mixture import shares_at
+from data_pipelines.plan.planner import Pack
 from data_pipelines.plan.progress import Ended, Progress, Tally
 from data_pipelines.plan.stream import CountedSample, SourceStream, StreamedPack, StreamPlanner
 from data_pipelines.samples import PackedBatch, Record
-from data_pipelines.shards.names import public_name
+from data_pipelines.shards.names import is_remote, public_name
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
 # Room in a worker's slot for the stored bytes of a pack, touched only as far as they need it.
 ROOM_BYTES = 512 << 20
+_MAX_PAUSE_S = 30.0  # between two tries of a request
 
 
 class StreamLoader:
@@ -78,14 +82,15 @@ class StreamLoader:
         self._phases = planner.phases
         planner.close()
         self._feed: StreamProcess | None = None
-        self._pool: WorkerPool | None = None
+        self._planner: StreamPlanner | None = None  # without workers
+        self._pool: WorkerPool | InProcess | None = None
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         """Steps from the current state on; each is this rank's packs in slot order."""
         self.close()
         self._read = self._given.copy()
         ahead: deque[tuple[list[Ended], int]] = deque()
-        batches = self._batches(self._numbered_packs(ahead))
+        batches = self._batches(ahead)
         while True:
             step = list(islice(batches, self._packs_per_step // self._world))
             if not step:
@@ -146,20 +151,19 @@ class StreamLoader:
         return notes
 
     def under_way(self) -> list[str]:
-        """What each busy worker is at, as `PackLoader`'s."""
-        pool = self._pool
-        return pool.under_way() if pool is not None else []
+        """What each busy worker, or the stream that is waited for, is at, as `PackLoader`'s."""
+        pool, feed = self._pool, self._feed
+        return [*(pool.under_way() if pool is not None else ()), *(feed.feed.under_way() if feed is not None else ())]
 
     def close(self) -> None:
-        """End the processes. Iterating again starts them anew from the current state."""
-        pool, self._pool = self._pool, None
-        feed, self._feed = self._feed, None
-        if pool is not None:
-            pool.close()
-        if feed is not None:
-            feed.close()
+        """End the processes, and close what is open. Iterating again starts them anew from the current state."""
+        parts = (self._pool, self._feed, self._planner)
+        self._pool = self._feed = self._planner = None
+        for part in parts:
+            if part is not None:
+                part.close()
 
-    def _make_planner(self) -> StreamPlanner:
+    def _make_planner(self, watch: Watch = lambda what: None) -> StreamPlanner:
         """This rank's packs behind those that were read."""
         streams = [
             SourceStream(
@@ -171,50 +175,64 @@ class StreamLoader:
                 self._seed,
                 self._rank,
                 self._world,
+                watch,
             )
             for name, shards in self._shards.items()
         ]
         tokens = self._tokens + self._read.tokens * self._world
         return StreamPlanner(streams, self._config, self._tokenizer, self._world, tokens, self._cost)
 
-    def _numbered_packs(self, ahead: deque[tuple[list[Ended], int]]) -> Iterator[StreamedPack]:
-        """This rank's packs by their numbers in the run; what each step has done is appended to `ahead`."""
-        next_pack = self._planned_packs()
+    def _batches(self, ahead: deque[tuple[list[Ended], int]]) -> Iterator[PackedBatch]:
+        """This rank's packs as batches, made here or by workers; what each step has done as below."""
+        config = self._config
+        if config.loader.num_workers:
+            self._feed = StreamProcess(self._make_planner, self._stall_s())
+        else:
+            self._planner = self._make_planner()
+        self._pool = open_pool(
+            config,
+            lambda watch: _CarriedReader(self.dataset_names, config, self._tokenizer, watch),
+            lambda pack, number: (self.dataset_names[pack.items[number].source], pack.samples[number].raw.key),
+            self._pin_memory,
+            ROOM_BYTES,
+        )
+        return batches_of(self._numbered_packs(ahead), self._pool, self._feed.feed if self._feed is not None else None)
+
+    def _stall_s(self) -> float:
+        """How long the stream may give no sign of life; a server's retries, which end by themselves, may take longer
+        than a sample may.
+        """
+        remote, stall_s = self._config.remote, STALL_DEADLINES * self._config.loader.sample_timeout_s
+        if any(is_remote(shard) for shards in self._shards.values() for shard in shards):
+            return max(stall_s, (remote.retries + 1) * (remote.timeout_s + _MAX_PAUSE_S))
+        return stall_s
+
+    def _numbered_packs(self, ahead: deque[tuple[list[Ended], int]]) -> Iterator[StreamedPack | None]:
+        """This rank's packs by their numbers in the run, None where one is not made yet; what each step has done is
+        appended to `ahead`.
+        """
+        room = slot_bytes(self._config.plan.max_tokens, self._config.plan.max_patches) + ROOM_BYTES - (1 << 20)
         for step in range(self._steps, 1 << 62):
-            packs = []
-            for _ in range(self._packs_per_step // self._world):
-                packs.append(pack := next_pack())
+            packs: list[StreamedPack] = []
+            while len(packs) < self._packs_per_step // self._world:
+                pack = self._next_pack()
+                if pack is None:
+                    yield None
+                    continue
+                packs.append(pack)
                 self._read.add(pack.ended, pack.num_tokens)  # at once: a process that dies is replaced from here
             ahead.append(([ended for pack in packs for ended in pack.ended], sum(pack.num_tokens for pack in packs)))
             if self._cost is not None:
                 packs = order_by_cost(packs, self._cost)
             first = self._packs + step * self._packs_per_step + self._rank
-            yield from (replace(pack, number=first + slot * self._world) for slot, pack in enumerate(packs))
+            for slot, pack in enumerate(packs):
+                yield _within(replace(pack, number=first + slot * self._world), room)
 
-    def _planned_packs(self) -> Callable[[], StreamedPack]:
-        if self._config.loader.num_workers == 0:
-            return self._make_planner().next_pack
-        self._feed = StreamProcess(self._make_planner)
-        return self._feed.next_pack
-
-    def _batches(self, packs: Iterator[StreamedPack]) -> Iterator[PackedBatch]:
-        """The packs as batches, made here or by workers."""
-        config = self._config
-        if config.loader.num_workers == 0:
-            read = _reader(self.dataset_names, config, self._tokenizer)
-            yield from (batch.pin_memory() if self._pin_memory else batch for batch in map(read, packs))
-        pool = self._pool = open_pool(
-            config,
-            lambda watch: _reader(self.dataset_names, config, self._tokenizer, watch),
-            lambda pack, number: (self.dataset_names[pack.items[number].source], pack.samples[number].raw.key),
-            self._pin_memory,
-            ROOM_BYTES,
-        )
-        room = slot_bytes(config.plan.max_tokens, config.plan.max_patches) + ROOM_BYTES - (1 << 20)
-        while self._pool is pool:
-            while pool.has_room:
-                pool.submit(_within(next(packs), room))
-            yield pool.next()
+    def _next_pack(self) -> StreamedPack | None:
+        if self._planner is not None:
+            return self._planner.next_pack()
+        assert self._feed is not None
+        return self._feed.take()
 
     def _identity(self) -> dict[str, Any]:
         facts = {}
@@ -247,31 +265,28 @@ class _Carried:
         self.samples.clear()
 
 
-def _reader(
-    names: Sequence[str],
-    config: DataConfig,
-    tokenizer: TextTokenizer,
-    watch: Callable[[int], None] = lambda item: None,
-) -> Callable[[Any], PackedBatch]:
-    """What makes the batch of a streamed pack."""
-    sources = [_Carried(name) for name in names]
-    reader = PackReader(sources, config, tokenizer, watch)
+class _CarriedReader(PackReader):
+    """Reads packs that bring their samples along."""
 
-    def read(pack: StreamedPack) -> PackedBatch:
-        for number, source in enumerate(sources):
-            mine = [
-                (item, sample) for item, sample in zip(pack.items, pack.samples, strict=True) if item.source == number
-            ]
-            source.samples = {(item.shard, item.row): sample for item, sample in mine}
-        return reader[pack]
+    def __init__(
+        self, names: Sequence[str], config: DataConfig, tokenizer: TextTokenizer, watch: Callable[[int], None]
+    ) -> None:
+        self._carried = [_Carried(name) for name in names]
+        super().__init__(self._carried, config, tokenizer, watch)
 
-    return read
+    def __getitem__(self, pack: Pack) -> PackedBatch:
+        """The batch of a `StreamedPack`."""
+        for source in self._carried:
+            source.close()
+        for item, sample in zip(pack.items, cast(StreamedPack, pack).samples, strict=True):
+            self._carried[item.source].samples[item.shard, item.row] = sample
+        return super().__getitem__(pack)
 
 
 def _within(pack: StreamedPack, room: int) -> StreamedPack:
     """The pack, without its largest samples where the stored bytes would not fit a worker's slot."""
     samples, skipped = list(pack.samples), list(pack.skipped)
-    sizes = [sum(map(len, sample.raw.members.values())) for sample in samples]
+    sizes = [sample.num_bytes for sample in samples]
     while sum(sizes) > room:
         largest = sizes.index(max(sizes))
         message = f"{sizes[largest]} stored bytes; a streamed pack has room for {room}: store the media smaller"

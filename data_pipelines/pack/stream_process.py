@@ -1,7 +1,8 @@
 """Streamed packs from a process of their own, so that reading and counting run beside training.
 
-Enters: what makes a `StreamPlanner`. Leaves: its packs. Costs a copy of each pack's stored bytes, and holds one pack
-ahead. A process that died is replaced: it reads the shards that were under way again.
+Enters: what makes a `StreamPlanner`. Leaves: its packs. Costs a copy of each pack's stored bytes, and holds a pack, and
+64 MiB of packs, ahead. A process that died is replaced, as is one that hangs while it is waited for (no byte of a shard
+read, no sample begun): the new one reads the shards that were under way again.
 """
 
 from __future__ import annotations
@@ -9,35 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from data_pipelines.pack.feed import Feed
+from data_pipelines.pack.feed import Feed, Watch
 from data_pipelines.plan.stream import StreamedPack, StreamPlanner
 from data_pipelines.samples import LedgerEvent
 
 # Called in the process, which is forked: it begins behind the packs that its parent has got so far.
-MakePlanner = Callable[[], StreamPlanner]
+MakePlanner = Callable[[Watch], StreamPlanner]
+_AHEAD_BYTES = 64 << 20  # several ordinary packs, so that what a stall used up is made again while training computes
 
 
 class StreamProcess:
     """Packs of the planner that `make_planner` makes in a process of its own.
 
-    Raises (from `next_pack`):
+    Raises (from `take`):
         UserError: as the planner. RuntimeError: a defect, with its traceback; deaths without a pack.
+        ShardError: no sign of life in `stall_s`, twice without a pack between, with the shard it was at.
     """
 
-    def __init__(self, make_planner: MakePlanner) -> None:
-        def packs() -> Iterator[StreamedPack]:
-            planner = make_planner()
+    def __init__(self, make_planner: MakePlanner, stall_s: float) -> None:
+        def packs(watch: Watch) -> Iterator[StreamedPack]:
+            planner = make_planner(watch)
             while True:
                 yield planner.next_pack()
 
         self._number = 0
-        self.feed = Feed(packs, "data-stream", "streams the shards")
+        self.feed = Feed(packs, "data-stream", "streams the shards", stall_s, _AHEAD_BYTES)
 
-    def next_pack(self) -> StreamedPack:
-        """The next pack; waits for it."""
-        pack, deaths = self.feed.next()
-        message = "the process that streams the shards died (exit {}); those under way are read again"
-        notes = [LedgerEvent("", f"pack {self._number}", "worker_replaced", message.format(code)) for code in deaths]
+    def take(self) -> StreamedPack | None:
+        """The next pack; None: it is not made yet."""
+        taken = self.feed.take()
+        if taken is None:
+            return None
+        pack, ends = taken
+        message = "the process that streams the shards {}; those under way are read again"
+        notes = [LedgerEvent("", f"pack {self._number}", "worker_replaced", message.format(end)) for end in ends]
         self._number += 1
         return replace(pack, number=self._number - 1, events=(*notes, *pack.events))
 

@@ -2,8 +2,9 @@
 
 Enters: packs. Leaves: their batches, in the order of the packs. Both travel through slots of shared memory, only places
 and sizes through pipes, so neither side ever blocks on a full pipe. Memory is bounded: `ahead` slots, each sized for
-the largest pack the budgets allow and touched only as far as it is used. It is anonymous: it does not count against
-/dev/shm (64 MB in a container by default), and nothing can be left behind.
+the largest pack the budgets allow and touched only as far as it is used. Packs that bring stored bytes along may need
+more than that: it is given back with their batch, and only so many are under way that it stays within a bound. It is
+anonymous: it does not count against /dev/shm (64 MB in a container by default), and nothing can be left behind.
 
 Why not torch's DataLoader: its death handler raises in the training step instead of where data is asked for, one dead
 or stuck worker ends the whole loader, and a worker that hangs in C blocks the parent without a deadline.
@@ -58,12 +59,16 @@ IDLE, PREPARING = -1, -2  # items that are no sample: nothing to do, or before t
 
 @dataclass(slots=True)
 class _Ticket:
-    """A pack that was given to worker `worker` and will be written into slot `slot`; `reply` when it is done."""
+    """A pack that was given to worker `worker` and will be written into slot `slot`; `reply` when it is done.
+
+    `surplus` bytes of the slot were used beyond what a batch needs.
+    """
 
     pack: Pack
     slot: int
     worker: int
     reply: Any = None
+    surplus: int = 0
 
 
 @dataclass(slots=True)
@@ -76,7 +81,8 @@ class _Worker:
 class WorkerPool:
     """`num_workers` processes that read packs. `make_reader(watch)` is called once in each; it returns pack → batch.
 
-    At most `ahead` packs are under way or wait to be taken. `slot_bytes` bounds the tensors of one pack.
+    At most `ahead` packs are under way or wait to be taken. `slot_bytes` bounds the tensors of one pack. `room` more
+    bytes of a slot are for what a pack brings along; all packs under way, if more than one, use `max_surplus` of those.
     `name_sample(pack, i)` gives (dataset, key) of a sample for the ledger, `name_shards(pack)` where its samples lie,
     for an error.
 
@@ -95,10 +101,15 @@ class WorkerPool:
         sample_timeout_s: float,
         pin_memory: bool = False,
         name_shards: NameShards = lambda pack: f"pack {pack.number}",
+        room: int = 0,
+        max_surplus: int = 0,
     ) -> None:
+        self.closed = False
         self._make_reader, self._name_sample, self._name_shards = make_reader, name_sample, name_shards
         self._sample_timeout_s, self._pin_memory = sample_timeout_s, pin_memory
-        self._slots = [mmap.mmap(-1, slot_bytes) for _ in range(ahead)]
+        self._slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._max_surplus = max_surplus
+        self._slots = [mmap.mmap(-1, self._slot_bytes + room) for _ in range(ahead)]
         self._free = list(range(len(self._slots)))
         # What each worker is at: pack number (-1: none yet), item (or `IDLE`, `PREPARING`), and when it began, in ns
         # of the monotonic clock.
@@ -112,6 +123,22 @@ class WorkerPool:
         """Whether another pack can be submitted before one is taken."""
         return bool(self._free)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a pack was submitted and not yet taken."""
+        return bool(self._tickets)
+
+    @property
+    def is_next_ready(self) -> bool:
+        """Whether `next` has not to wait."""
+        return bool(self._tickets) and self._tickets[0].reply is not None
+
+    def fits(self, pack: Pack) -> bool:
+        """Whether there is memory for what `pack` brings along: always for one alone."""
+        surplus = max(0, pack.stored_bytes - self._slot_bytes)
+        used = sum(ticket.surplus for ticket in self._tickets)
+        return self.has_room and (not surplus or not self._tickets or used + surplus <= self._max_surplus)
+
     def submit(self, pack: Pack) -> None:
         """Give `pack` to the worker with the least to do."""
         number = min(range(len(self._workers)), key=lambda n: (len(self._workers[n].waiting), n))
@@ -123,12 +150,14 @@ class WorkerPool:
         """The batch of the oldest pack submitted and not yet taken; waits for it."""
         ticket = self._tickets[0]
         while ticket.reply is None:
-            self._wait()
+            self.wait()
         self._tickets.popleft()
         status, content = ticket.reply
         if status == "error":
             raise RuntimeError(f"a data worker failed at pack {ticket.pack.number}:\n{content}")
         batch = read_batch(content, self._slots[ticket.slot], self._pin_memory)
+        if ticket.surplus:
+            _give_back(self._slots[ticket.slot], self._slot_bytes)
         self._free.append(ticket.slot)
         batch.events = (*ticket.pack.events, *batch.events)
         return batch
@@ -152,6 +181,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers within seconds, whatever they are at."""
+        self.closed = True
         for worker in self._workers:
             worker.process.terminate()
         for worker in self._workers:
@@ -183,15 +213,18 @@ class WorkerPool:
         worker = self._workers[ticket.worker]
         worker.waiting.append(ticket)
         data = pickle.dumps(replace(ticket.pack, events=()), pickle.HIGHEST_PROTOCOL)
+        ticket.surplus = max(0, len(data) - self._slot_bytes)
         self._slots[ticket.slot][: len(data)] = data
         try:
             worker.pipe.send((ticket.slot, len(data)))
         except OSError:
             return  # it died: noticed, and sent again, where batches are waited for
 
-    def _wait(self) -> None:
-        """Take replies as they come; replace workers that died or are over the deadline."""
-        ready = wait([worker.pipe for worker in self._workers], timeout=_POLL_S)
+    def wait(self, also: Sequence[Connection] = ()) -> None:
+        """Take replies as they come; replace workers that died or are over the deadline. Returns after one of these, a
+        second, or as soon as there is something in a pipe of `also`.
+        """
+        ready = wait([*also, *(worker.pipe for worker in self._workers)], timeout=_POLL_S)
         for number, worker in enumerate(self._workers):
             if worker.pipe in ready:
                 try:
@@ -264,6 +297,12 @@ class WorkerPool:
         message = f"its worker reached no sample {waited}, and the pack was made again"
         event = LedgerEvent("", f"pack {pack.number}", "worker_replaced", message)
         return replace(pack, events=(*pack.events, event))
+
+
+def _give_back(slot: mmap.mmap, start: int) -> None:
+    """Free the slot's memory from `start` on; unmapping it would not, for the workers have it mapped, too."""
+    if hasattr(mmap, "MADV_REMOVE"):  # Linux
+        slot.madvise(mmap.MADV_REMOVE, start, len(slot) - start)
 
 
 def _serve(

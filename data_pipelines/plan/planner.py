@@ -50,6 +50,11 @@ class Pack:
     events: tuple[LedgerEvent, ...] = ()
     skipped: tuple[tuple[int, str, str], ...] = ()
 
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes of samples it brings along: none, they are read where they lie."""
+        return 0
+
 
 class Planner:
     """Makes packs one after the other. `number` is that of the next pack, `tokens` how many the packs so far hold.

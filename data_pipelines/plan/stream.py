@@ -14,8 +14,9 @@ reads the others from their beginning: no sample is lost, those of shards that w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -33,6 +34,7 @@ from data_pipelines.plan.planner import Pack, new_packer, nothing_usable
 from data_pipelines.plan.progress import Done, Ended, Progress
 from data_pipelines.plan.shelf import Item
 from data_pipelines.samples import LedgerEvent, Media, Record
+from data_pipelines.shards.names import public_name
 from data_pipelines.shards.sample_file import SampleFile
 from data_pipelines.shards.stream import RawSample, stream_samples
 from data_pipelines.tokenizer import TextTokenizer
@@ -47,6 +49,11 @@ class CountedSample:
 
     raw: RawSample
     facts: dict[str, Media]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its members."""
+        return sum(map(len, self.raw.members.values()))
 
     def read(self) -> tuple[Record, Any]:
         """Its record, and a function that reads a media member by name.
@@ -66,6 +73,11 @@ class StreamedPack(Pack):
     samples: tuple[CountedSample, ...] = ()
     ended: tuple[Ended, ...] = ()
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of its samples' members."""
+        return sum(sample.num_bytes for sample in self.samples)
+
 
 @dataclass(slots=True)
 class _OpenShard:
@@ -74,7 +86,7 @@ class _OpenShard:
     epoch: int
     place: int
     shard: int
-    samples: Iterator[RawSample]
+    samples: Generator[RawSample, None, None]
     problems: list[ShardError]
     facts: StreamedFacts
     rows: int = 0
@@ -86,6 +98,7 @@ class SourceStream:
     """One source's samples on one rank, endless. `done` are the shards done here, beyond those of `progress`.
 
     `events` and `ended` (epoch, place) tell what was lost and which shards were done since they were last cleared.
+    `watch` is called with a shard's name before each sample of it, and whenever bytes of it came.
 
     Raises (from `next_sample`):
         ShardError: a shard that cannot be opened or reached, or two epochs without a usable sample.
@@ -101,6 +114,7 @@ class SourceStream:
         seed: int,
         rank: int,
         world: int,
+        watch: Callable[[str], None] = lambda shard: None,
     ) -> None:
         if len(shards) < world:
             raise UserError(
@@ -111,7 +125,7 @@ class SourceStream:
         self.events: list[LedgerEvent] = []
         self.ended: list[tuple[int, int]] = []
         self._done = done
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._watch = config, seed, watch
         self._places = self._shards_of(progress, rank, world)
         self._next_place = next(self._places)
         self._open: deque[_OpenShard] = deque()
@@ -123,6 +137,7 @@ class SourceStream:
         while True:
             self._open_shards()
             opened = self._open[0]
+            self._watch(public_name(self.shards[opened.shard]))
             raw = next(opened.samples, None)
             self._tell(opened)
             if raw is not None:
@@ -148,6 +163,11 @@ class SourceStream:
         opened.waiting -= 1
         self._close_if_done(opened)
 
+    def close(self) -> None:
+        """Close the shards under way."""
+        for opened in self._open:
+            opened.samples.close()
+
     def tell(self, error: DataError) -> None:
         """Note what a sample or shard lost."""
         self.events.append(LedgerEvent(self.name, error.key, error.reason, error.message))
@@ -171,7 +191,8 @@ class SourceStream:
             if self._open and epoch != self._open[0].epoch:
                 return
             problems: list[ShardError] = []
-            samples = stream_samples(self.shards[shard], self._config.remote, problems)
+            watch = partial(self._watch, public_name(self.shards[shard]))
+            samples = stream_samples(self.shards[shard], self._config.remote, problems, watch)
             opened = _OpenShard(epoch, place, shard, samples, problems, StreamedFacts(self.shards[shard]))
             self._open.append(opened)
             self._under_way[epoch, shard] = opened
@@ -242,8 +263,10 @@ class StreamPlanner:
         return StreamedPack(self._number - 1, tuple(items), tokens, patches, events, (), tuple(samples), ended)
 
     def close(self) -> None:
-        """End the clip decoder, if one was started."""
+        """Close the shards under way, and end the clip decoder, if one was started."""
         self._clips.close()
+        for stream in self._streams:
+            stream.close()
 
     def _draw_items(self, mixture: Mixture) -> Iterator[Item]:
         for number in mixture.draws():

@@ -14,7 +14,7 @@ import io
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -39,8 +39,11 @@ class RawSample:
     members: dict[str, bytes]
 
 
-def stream_samples(path: str, remote: RemoteConfig, problems: list[ShardError]) -> Iterator[RawSample]:
+def stream_samples(
+    path: str, remote: RemoteConfig, problems: list[ShardError], watch: Callable[[], None] = lambda: None
+) -> Generator[RawSample, None, None]:
     """The whole samples of a shard in tar order; what is wrong with it is appended to `problems` as it is found.
+    `watch` is called whenever bytes of it came.
 
     A damaged shard gives the samples before the damage. Every member of a key stands together; what of a key comes
     later, and keys with a member twice, are problems and left out.
@@ -53,7 +56,7 @@ def stream_samples(path: str, remote: RemoteConfig, problems: list[ShardError]) 
     whole = True
     try:
         with closing(_open(path, remote)) as source:
-            stream = _Checked(source, walk)
+            stream = _Checked(source, walk, watch)
             for sample in _grouped(stream, name, problems):
                 if held is not None:
                     usual[tuple(held.members)] += 1
@@ -136,8 +139,8 @@ def _as_problem(error: Exception, shard: str) -> ShardError:
 class _Checked:
     """A readable stream whose bytes pass through a `TarWalk`; it ends where the walk finds a fault."""
 
-    def __init__(self, source: BinaryIO, walk: TarWalk) -> None:
-        self._source, self._walk = source, walk
+    def __init__(self, source: BinaryIO, walk: TarWalk, watch: Callable[[], None]) -> None:
+        self._source, self._walk, self._watch = source, walk, watch
         self._raised = self._at_end = False
         self._given = 0
 
@@ -154,6 +157,7 @@ class _Checked:
         if self._walk.problem is not None:
             return b""
         data = self._source.read(size)
+        self._watch()
         if not data:
             self._at_end = True
             self._walk.finish()

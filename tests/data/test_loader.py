@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from dataclasses import fields, replace
@@ -355,9 +356,16 @@ def test_the_training_process_plans_nothing(tiny, reference, monkeypatch):
     assert run(tiny, STEPS, workers=1)[0] == reference
 
 
+def few_steps_ahead(monkeypatch):
+    """Steps so large that the planner is few of them ahead: what becomes of it is soon noticed."""
+    state_dict = Planner.state_dict
+    monkeypatch.setattr(plan_process, "_AHEAD_BYTES", 0)
+    monkeypatch.setattr(Planner, "state_dict", lambda planner: state_dict(planner) | {"more": "x" * 20_000})
+
+
 @pytest.mark.parametrize("packing", ["pool", "task"])
 def test_a_killed_planner_is_replaced_and_the_packs_stay_the_same(tiny, damaged, monkeypatch, packing):
-    monkeypatch.setattr(plan_process, "_PIPE_BYTES", 4096)  # a few steps ahead, so that deaths are soon noticed
+    few_steps_ahead(monkeypatch)
     config = replace(tiny.config(), sources=tiny.config().sources | damaged.sources)
     config = replace(config, plan=replace(config.plan, packing=packing, max_tokens=64))
     whole, _ = packs_of(PackLoader(config, tiny.tokenizer, PACKS, 0, 1, seed=0), 60)
@@ -369,12 +377,12 @@ def test_a_killed_planner_is_replaced_and_the_packs_stay_the_same(tiny, damaged,
     assert all("plans the packs died (exit -9)" in event.message for event in deaths)
 
 
-def packs_of(instance, steps, kill_at=()):
+def packs_of(instance, steps, kill_at=(), how=signal.SIGKILL):
     """The batches of some steps without what was told of deaths, and that; the planner is killed after some steps."""
     found, deaths = [], []
     for number, step in zip(range(steps), instance, strict=False):
         if number in kill_at:
-            os.kill(instance._plan.feed.pid, signal.SIGKILL)
+            os.kill(instance._plan.feed.pid, how)
         for batch in step:
             told = [event for event in batch.events if event.reason == "worker_replaced"]
             deaths += told
@@ -382,6 +390,17 @@ def packs_of(instance, steps, kill_at=()):
             found.append(fingerprint(batch))
     instance.close()
     return found, deaths
+
+
+def test_a_stopped_planner_is_replaced_and_the_packs_stay_the_same(tiny, monkeypatch):
+    few_steps_ahead(monkeypatch)
+    whole, _ = packs_of(loader(tiny), 8)
+    config = tiny.config(workers=1)
+    config = replace(config, loader=replace(config.loader, sample_timeout_s=1.0))
+    stopped, told = packs_of(PackLoader(config, tiny.tokenizer, PACKS, 0, 1, 0), 8, (1,), signal.SIGSTOP)
+    assert stopped == whole
+    (message,) = (event.message for event in told)
+    assert re.search(r"plans the packs stood still for 2 s at the packs from \d+ on and was replaced", message)
 
 
 def test_a_planner_that_dies_again_and_again_ends_the_run(tiny, monkeypatch):
@@ -426,6 +445,32 @@ def test_closing_and_iterating_again_leave_no_process(tiny):
         assert len(set(children(os.getpid())) - set(before)) == 2
     instance.close()
     assert not set(children(os.getpid())) - set(before)
+
+
+@pytest.mark.parametrize("make", [PackLoader, StreamLoader])
+def test_closing_without_workers_ends_the_decoder_and_closes_the_shards(tiny, tmp_path, make):
+    pytest.importorskip("av")
+    from test_video import clip
+
+    for shard in range(3):
+        with ShardWriter(tmp_path, f"clips{shard}", max_records=4) as writer:
+            for number in range(4):
+                writer.write(f"c{shard}{number}", {"caption": "a red dog"}, {"0.mp4": clip(count=8)})
+    config = replace(tiny.config(), sources={"clips": SourceConfig((f"{tmp_path}/clips*.tar",))})
+    if make is StreamLoader:
+        config = replace(config, reader="webdataset")
+    before, open_before = set(children(os.getpid())), set(os.listdir("/proc/self/fd"))
+    instance = make(config, tiny.tokenizer, PACKS, 0, 1, 0)
+    steps = iter(instance)
+    next(steps)
+    assert set(children(os.getpid())) - before
+    instance.close()
+    assert not set(children(os.getpid())) - before
+    assert set(os.listdir("/proc/self/fd")) <= open_before
+    assert next(steps, None) is None
+    assert next(iter(instance))  # from the state on
+    instance.close()
+    assert not set(children(os.getpid())) - before
 
 
 def test_the_shares_that_a_schedule_wants_change_with_the_tokens(tiny):

@@ -5,8 +5,11 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import tarfile
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -438,6 +441,74 @@ def test_a_killed_stream_goes_on_and_is_noted(tiny, many):
     assert [event.reason for batch in found for event in batch.events] == ["worker_replaced"]
     assert len({key for batch in found for key in batch.keys}) == 24
     assert not set(children()) - set(others)
+
+
+def test_a_stopped_stream_is_replaced_and_noted_with_its_shard(tiny, many):
+    made = replace(many, loader=replace(many.loader, num_workers=1, sample_timeout_s=1.0))
+    loader = StreamLoader(made, tiny.tokenizer, 4, 0, 1, seed=0)
+    steps, found = iter(loader), []
+    found += next(steps)
+    os.kill(loader._feed.feed.pid, signal.SIGSTOP)
+    while len(found) < 4000 and not any(batch.events for batch in found[-4:]):
+        found += next(steps)
+    loader.close()
+    ((message,),) = ([event.message for event in batch.events] for batch in found if batch.events)
+    assert re.match(r"the process that streams the shards stood still for 2 s at .*/many-0000\d.tar; ", message)
+
+
+def test_the_stream_is_named_while_it_is_waited_for_and_no_worker(tiny, many):
+    made = replace(many, loader=replace(many.loader, num_workers=2))
+    loader = StreamLoader(made, tiny.tokenizer, 4, 0, 1, seed=0)
+    steps = iter(loader)
+    next(steps)
+    pid = loader._feed.feed.pid
+    os.kill(pid, signal.SIGSTOP)
+    over, deadline = threading.Event(), time.monotonic() + 60
+
+    def train():
+        while not over.is_set():
+            next(steps)
+
+    training = threading.Thread(target=train)
+    training.start()
+    try:
+        while "the process that streams" not in str(loader.under_way()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        said = loader.under_way()
+    finally:
+        over.set()
+        os.kill(pid, signal.SIGCONT)
+        training.join()
+        loader.close()
+    assert len(said) == 1
+    assert re.match(rf".*/many-0000\d.tar \(the process that streams the shards, process {pid}, for \d+ s\)", said[0])
+
+
+def resident_shared():
+    """Bytes of shared memory that this process has touched."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssShmem"))
+    return int(line.split()[1]) << 10
+
+
+def test_packs_with_large_media_stay_within_prefetch_mb(tiny, tmp_path):
+    """A sample a pack, of 3 MB as stored; a slot for its tensors takes 1 MB."""
+    with (tmp_path / "large.tar").open("wb") as file:
+        for number in range(12):
+            data = tar_bytes((f"{number}.json", b'{"text": "a red dog sits"}'), (f"{number}.bin", os.urandom(3 << 20)))
+            file.write(data[: 2 * 512 + 512 + (3 << 20)])
+        file.write(bytes(1024))
+    made = config(tiny, workers=1)
+    sources = {"large": replace(made.sources["texts"], shards=(f"{tmp_path}/large.tar",))}
+    plan = replace(made.plan, packing="single", max_tokens=64, max_patches=64)
+    settings = replace(made.loader, prefetch_factor=6, prefetch_mb=12)
+    loader = StreamLoader(replace(made, sources=sources, plan=plan, loader=settings), tiny.tokenizer, 1, 0, 1, seed=0)
+    before, most, keys = resident_shared(), 0, set()
+    for _, (batch,) in zip(range(24), loader, strict=False):
+        most = max(most, resident_shared() - before)
+        keys.update(batch.keys)
+    loader.close()
+    assert len(keys) == 12
+    assert 3 << 20 < most < 13 << 20
 
 
 def test_a_stream_from_urls_is_the_one_from_the_disk(tiny, tmp_path, monkeypatch):
