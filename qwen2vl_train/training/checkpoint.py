@@ -163,14 +163,18 @@ class CheckpointStore:
         write_json(aside / "manifest.json", manifest | {"state.json": (path.stat().st_size, checksum(path))})
         for folder in {aside, *((aside / name).parent for name in manifest)}:
             flush_to_disk(folder)
+        self._name(aside, final)
+        write_whole(self._folder / "latest", final.name)
+        self._prune(final)
+
+    def _name(self, aside: Path, final: Path) -> None:
+        """Give what lies flushed in `aside` its name; one of that name is `.replaced-*` until it is removed."""
         if final.exists():  # a step done again after a resume from an earlier one
             replaced = final.with_name(f".replaced-{final.name}")
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         aside.rename(final)
         flush_to_disk(self._folder)
-        write_whole(self._folder / "latest", final.name)
-        self._prune(final)
 
     def _prune(self, newest: Path) -> None:
         every = self._config.keep_every
@@ -254,7 +258,8 @@ class CheckpointStore:
         belong to a course that is left: they are set aside, and removed when the next one is written.
 
         Raises:
-            CheckpointError: another ZeRO stage or precision wrote it, or the conversion failed.
+            CheckpointError: another ZeRO stage or precision wrote it, the conversion failed, or one from elsewhere
+                could not be copied here; what "auto" finds is then as before.
         """
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         if state["engine"] != engine.signature:
@@ -274,21 +279,44 @@ class CheckpointStore:
         return state
 
     def _go_on_from(self, path: Path, step: int) -> None:
-        """Make `path` what "auto" finds from now on: no later one is left, and one from elsewhere is here, too."""
-        own = path.resolve().parent == self._folder.resolve()
-        for stale in self._steps():
-            if not own or _step_of(stale) > step:
-                abandoned = stale.with_name(f".abandoned-{stale.name}")
-                shutil.rmtree(abandoned, ignore_errors=True)
-                stale.rename(abandoned)
-                self._warn(f"{stale} is of the course that is left: set aside as {abandoned.name} until the next save")
+        """Make `path` what "auto" finds from now on: no later one is left, and one from elsewhere is here, too.
+
+        At each moment a whole checkpoint is here for "auto": the old course's newest up to the last rename, then
+        `path`. What takes long, and may find no room, comes before anything is set aside.
+        """
         final = self._folder / f"step-{step:08d}"
-        if not own:
-            aside = self._folder / f".writing-{final.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(path, aside, copy_function=_link)
-            aside.rename(final)
+        here = path.resolve() == final.resolve()
+        if not here:
+            self._bring(path, final)
         write_whole(self._folder / "latest", final.name)
+        stale = [other for other in self._steps() if other > final or (other < final and not here)]
+        for left in (*self._folder.glob(f".replaced-{final.name}"), *stale):  # the newest last
+            own = left.with_name(left.name.removeprefix(".replaced-"))
+            abandoned = left.with_name(f".abandoned-{own.name}")
+            shutil.rmtree(abandoned, ignore_errors=True)
+            left.rename(abandoned)
+            self._warn(f"{own} is of the course that is left: set aside as {abandoned.name} until the next save")
+
+    def _bring(self, path: Path, final: Path) -> None:
+        """Link or copy the checkpoint `path` to `final`, aside and flushed first as one that is written."""
+        aside = self._folder / f".writing-{final.name}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            for source in (path, *sorted(path.rglob("*"))):
+                copy = aside / source.relative_to(path)
+                if source.is_dir():
+                    copy.mkdir(parents=True)
+                else:
+                    _link(source, copy)
+            for copy in (*aside.rglob("*"), aside):
+                flush_to_disk(copy)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"resume={path} could not be copied to {self._folder}: {error}. The checkpoints there are as before; "
+                "make room (or repair the disk) and start the same command again"
+            ) from error
+        self._name(aside, final)
 
     def _anew(self) -> str:
         """How to start this stage, and no other of the chain, from its beginning."""
@@ -323,7 +351,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """A second name for a file that is never written again; a copy on another disk."""
     try:
         os.link(source, target)

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
 from qwen2vl_train.config import CheckpointConfig
+from qwen2vl_train.training import checkpoint
 from qwen2vl_train.training.checkpoint import CheckpointError, CheckpointStore
 from qwen2vl_train.training.manifest import fault_of
 from qwen2vl_train.training.world import World
@@ -99,6 +102,85 @@ def test_a_checkpoint_from_elsewhere_becomes_the_first_of_its_course_here(tmp_pa
     assert fault_of(found) is None
     store.load(engine, found)
     assert engine.word == "b2"
+
+
+def elsewhere(tmp_path, engine, said, step):
+    """A checkpoint of another run."""
+    fill(store_in(tmp_path / "other", said), engine, step, course="b")
+    return tmp_path / "other" / "main" / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.mark.parametrize("step", [2, 3, 4], ids=["of a step between", "of the newest's step", "of a later step"])
+def test_a_checkpoint_from_elsewhere_that_finds_no_room_leaves_the_course_as_it_was(
+    tmp_path, engine, said, step, monkeypatch
+):
+    named = elsewhere(tmp_path, engine, said, step)
+    store = store_in(tmp_path, said)
+    fill(store, engine, 1, 2, 3)
+
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_link", full)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
+            store.load(engine, store.find(str(named)))
+    assert {path.name for path in (tmp_path / "main" / "checkpoints").iterdir()} == {
+        "step-00000001",
+        "step-00000002",
+        "step-00000003",
+        "latest",
+    }
+    again = store_in(tmp_path, said)
+    again.load(engine, again.find("auto"))
+    assert (engine.word, latest(tmp_path)) == ("a3", "step-00000003")
+    again.load(engine, again.find(str(named)))
+    assert (engine.word, kept(tmp_path), latest(tmp_path)) == (f"b{step}", [step], f"step-{step:08d}")
+    fill(again, engine, step + 1, course="b")
+    assert not list((tmp_path / "main" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_killed_at_any_rename_while_another_course_is_taken_auto_finds_a_whole_one(
+    tmp_path, engine, said, step, monkeypatch
+):
+    """The newest of the course that is left, or the one that was asked for; never none, never an older one."""
+    named = elsewhere(tmp_path, engine, said, step)
+    rename, found = Path.rename, []
+    for killed_at in range(9):
+        run = tmp_path / f"killed at {killed_at}"
+        store, renamed = store_in(run, said), []
+        fill(store, engine, 1, 2, 3)
+
+        def killed(path, target, limit=killed_at, renamed=renamed):
+            if len(renamed) == limit:
+                raise KeyboardInterrupt
+            renamed.append(path)
+            return rename(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed)
+            with suppress(KeyboardInterrupt):
+                store.load(engine, store.find(str(named)))
+        if len(renamed) < killed_at:
+            break
+        again = store_in(run, said)
+        again.load(engine, again.find("auto"))
+        found.append(engine.word)
+    assert found[0] == "a3"
+    assert found[-1] == f"b{step}"
+    assert set(found) == {"a3", f"b{step}"}
+
+
+def test_one_that_was_set_aside_can_be_gone_back_to(tmp_path, engine, said):
+    store = store_in(tmp_path, said)
+    fill(store, engine, 1, 2, 3)
+    folder = tmp_path / "main" / "checkpoints"
+    store.load(engine, store.find(str(folder / "step-00000001")))
+    store.load(engine, store.find(str(folder / ".abandoned-step-00000003")))
+    assert (engine.word, kept(tmp_path), latest(tmp_path)) == ("a3", [3], "step-00000003")
+    store.load(engine, store.find("auto"))
+    assert engine.word == "a3"
 
 
 @pytest.mark.parametrize(
