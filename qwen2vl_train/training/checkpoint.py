@@ -14,8 +14,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from typing import Any
 from data_pipelines.errors import UserError
 from data_pipelines.whole import flush_to_disk, write_whole
 from qwen2vl_train.config import CheckpointConfig
+from qwen2vl_train.training.conversion import ConversionError, convert
 from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.failure import is_consequence
 from qwen2vl_train.training.kept import write_json
@@ -253,8 +252,8 @@ class CheckpointStore:
     def load(self, engine: Engine, path: Path) -> dict[str, Any]:
         """Restore `engine` from `path`, written by any number of ranks, and return the state saved with it. Collective.
 
-        Another world size goes through DeepSpeed's universal checkpoint: rank 0 converts (it needs room for a second
-        copy beside the first and time in proportion), all ranks load, the copy is removed. Checkpoints of later steps
+        Another world size goes through DeepSpeed's universal checkpoint: rank 0 converts (into the store's own
+        folder; see `conversion` for what it takes), all ranks load, the copy is removed. Checkpoints of later steps
         belong to a course that is left: they are set aside, and removed when the next one is written.
 
         Raises:
@@ -270,7 +269,7 @@ class CheckpointStore:
         if state["world"] == self._world.size or not engine.partitioned:
             engine.load(path)
         else:
-            converted = path.with_name(f".universal-{path.name}")
+            converted = self._folder / f".universal-{path.name}"
             self._world.from_main(lambda: self._convert(path, converted))
             engine.load_universal(converted, path)
             self._world.barrier()  # every rank has read it
@@ -323,22 +322,14 @@ class CheckpointStore:
         return f"start the stage anew with stage={self._folder.parent.name} resume=none"
 
     def _convert(self, path: Path, converted: Path) -> None:
-        """DeepSpeed's shards in `path`/engine → one folder per parameter in `converted`/engine."""
-        shutil.rmtree(converted, ignore_errors=True)
-        converted.mkdir()
-        places = ["--input_folder", str(path / "engine"), "--output_folder", str(converted / "engine")]
-        # one worker each: more processes raced on folders they both create, and conversion is bound by the disk
-        settings = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-        # stages 1 and 2: it adds the version of the form alone, which only Megatron's engines leave themselves
-        settings.append("--inject_missing_state")
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *places, *settings]
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
-        if answer.returncode:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            convert(path, converted)
+        except (ConversionError, OSError) as error:
             raise CheckpointError(
-                f"{path} could not be converted to this number of ranks: {answer.stderr[-2000:]}\nStart as many ranks "
-                f"as wrote it ({path / 'state.json'}: world), or {self._anew()}"
-            )
+                f"{path} could not be converted to this number of ranks: {error}\nOr start as many ranks as wrote it "
+                f"({path / 'state.json'}: world), or {self._anew()}"
+            ) from error
 
 
 def _finished(part: dict[str, tuple[int, int]]) -> Future[dict[str, tuple[int, int]]]:

@@ -4,12 +4,13 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qwen2vl_train.config import CheckpointConfig
-from qwen2vl_train.training import checkpoint
+from qwen2vl_train.training import checkpoint, conversion
 from qwen2vl_train.training.checkpoint import CheckpointError, CheckpointStore
 from qwen2vl_train.training.manifest import fault_of
 from qwen2vl_train.training.world import World
@@ -193,6 +194,22 @@ def test_a_damaged_manifest_is_passed_over(tmp_path, engine, said, content):
     assert store.find("auto").name == "step-00000001"
     assert "step-00000002 is passed over" in said[-1]
     assert "cannot be read" in said[-1]
+
+
+def test_a_conversion_that_finds_no_room_is_told_with_what_to_do_and_writes_nothing(
+    tmp_path, engine, said, monkeypatch
+):
+    store = store_in(tmp_path, said)
+    fill(store, engine, 1)
+    path = tmp_path / "main" / "checkpoints" / "step-00000001"
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"world": 2}))
+    engine.partitioned = True
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(conversion.subprocess, "run", None)
+    with pytest.raises(CheckpointError, match=r"(?s)checkpoints has 0\.00 GB free.*make room.*as many ranks"):
+        store.load(engine, path)
+    assert not list(path.parent.glob(".*"))
 
 
 def test_the_advice_to_start_anew_names_the_stage(tmp_path, engine, said):
