@@ -124,8 +124,8 @@ class Ours:
             setup.monitor,
         )
         self.ledger = Ledger(folder / f"ledger-zero{zero_stage}-rank{setup.world.rank}.jsonl")
-        self.guard = Guard(setup.run.guard, folder, setup.world)
-        self.spikes = SpikeGuard(setup.run.guard, folder, setup.world)
+        self.guard = Guard(setup.run.guard, folder, setup.world, setup.monitor.warn)
+        self.spikes = SpikeGuard(setup.run.guard, folder, setup.world, setup.monitor.warn)
         self.feed = DeviceFeed(setup.world.device)
         self.progress = Progress()
 

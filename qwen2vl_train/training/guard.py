@@ -8,14 +8,14 @@ needs anyhow, and the losses are looked at only after a skipped update.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
-from data_pipelines.whole import append_lines
 from qwen2vl_train.config import GuardConfig
+from qwen2vl_train.training.records import Record
 from qwen2vl_train.training.step import StepResult
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
@@ -28,9 +28,9 @@ class NonFiniteError(UserError):
 class Guard:
     """Counts skipped updates of one stage and names their packs in `folder`/skipped_updates.jsonl."""
 
-    def __init__(self, config: GuardConfig, folder: Path, world: World) -> None:
+    def __init__(self, config: GuardConfig, folder: Path, world: World, warn: Callable[[str], None]) -> None:
         self._config = config
-        self._path = folder / "skipped_updates.jsonl"
+        self._record = Record(folder / "skipped_updates.jsonl", warn)
         self._world = world
         self._in_row = 0
 
@@ -50,7 +50,8 @@ class Guard:
         everyone = [row for rows in self._world.gather(mine) for row in rows]
         # without a bad loss the gradients broke on their own: every pack of the step is a suspect
         suspects = [row for row in everyone if row["loss"] is None] or everyone
-        self._world.from_main(lambda: append_lines(self._path, [{"step": progress.step, **row} for row in suspects]))
+        if self._world.is_main:
+            self._record.add({"step": progress.step, **row} for row in suspects)
         if self._in_row >= self._config.max_skipped_in_row or progress.skipped_updates >= self._config.max_skipped:
             keys = [key for row in suspects for key in row["keys"]]
             raise NonFiniteError(
@@ -58,8 +59,8 @@ class Guard:
                 f"{progress.skipped_updates} times in this stage (guard.max_skipped_in_row="
                 f"{self._config.max_skipped_in_row}, guard.max_skipped={self._config.max_skipped}); no update was made "
                 f"with them. Last packs {[row['pack'] for row in suspects]}, samples {', '.join(keys[:8])}"
-                f"{', ...' if len(keys) > 8 else ''}; all are in {self._path}. Lower the learning rate, lengthen the "
-                "warm-up, or drop the samples"
+                f"{', ...' if len(keys) > 8 else ''}; all are in {self._record.path}. Lower the learning rate, "
+                "lengthen the warm-up, or drop the samples"
             )
 
 

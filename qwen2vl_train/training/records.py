@@ -9,7 +9,7 @@ their lines stay. A change of data that a resume accepts is written down with th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,28 @@ from data_pipelines.plan.change import CHANGES_NAME
 from data_pipelines.whole import append_lines, as_lines, read_lines, write_whole
 
 _FILES = ("ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl", CHANGES_NAME)
+
+
+class Record:
+    """One of these files as a stage adds to it.
+
+    Where the disk has no room, that is said once and the lines are lost: they must not cost the steps since the last
+    checkpoint, and what they tell of is counted in `Progress`.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self.path = path
+        self._warn = warn
+        self._told_of_disk = False
+
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append `lines`, all or none of them."""
+        try:
+            append_lines(self.path, lines)
+        except OSError as error:
+            if not self._told_of_disk:
+                self._warn(f"{self.path} cannot be written, training goes on ({error}); make room or repair the disk")
+            self._told_of_disk = True
 
 
 def forget_packs(folder: Path, loader_state: Mapping[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import torch
 
 from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
-from data_pipelines.whole import append_lines
 from qwen2vl_train.config import GuardConfig
+from qwen2vl_train.training.records import Record
 from qwen2vl_train.training.step import StepResult
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
@@ -50,9 +50,9 @@ class Spike:
 class SpikeGuard:
     """Judges each step's loss; off without `guard.spike_sigma`."""
 
-    def __init__(self, config: GuardConfig, folder: Path, world: World) -> None:
+    def __init__(self, config: GuardConfig, folder: Path, world: World, warn: Callable[[str], None]) -> None:
         self._config = config
-        self._path = folder / "spikes.jsonl"
+        self._record = Record(folder / "spikes.jsonl", warn)
         self._world = world
 
     def judge(self, result: StepResult, progress: Progress) -> Spike | None:
@@ -84,12 +84,14 @@ class SpikeGuard:
         rows = self._world.gather([{"pack": pack.number, "keys": list(pack.keys)} for pack in packs])
         by_pack = {row["pack"]: row for rank_rows in rows for row in rank_rows}  # ranks may share one
         line = {**vars(spike), "returned_to": returned_to, "rollbacks": rollbacks, "packs": list(by_pack.values())}
-        self._world.from_main(lambda: append_lines(self._path, [line]))
+        if self._world.is_main:
+            self._record.add([line])
         if rollbacks > self._config.max_rollbacks:
             raise SpikeError(
                 f"{spike}, after {rollbacks - 1} rollbacks (guard.max_rollbacks={self._config.max_rollbacks}). "
-                f"{self._path} names the packs and samples of each spike. Lower the learning rate, drop the samples, "
-                "go further back with resume=<an older checkpoint>, or raise guard.spike_sigma if these are no spikes"
+                f"{self._record.path} names the packs and samples of each spike. Lower the learning rate, drop the "
+                "samples, go further back with resume=<an older checkpoint>, or raise guard.spike_sigma if these are "
+                "none"
             )
 
 

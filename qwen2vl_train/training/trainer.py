@@ -137,7 +137,8 @@ class Trainer:
             self._monitor,
         )  # fmt: skip
         ledger = Ledger(self._folder / f"ledger-rank{world.rank}.jsonl")
-        guard, spikes = Guard(run.guard, self._folder, world), SpikeGuard(run.guard, self._folder, world)
+        guard = Guard(run.guard, self._folder, world, self._monitor.warn)
+        spikes = SpikeGuard(run.guard, self._folder, world, self._monitor.warn)
         feed = DeviceFeed(world.device)
         unit = stage.packs_per_step * stage.data.plan.max_tokens if stage.tokens else 1
         engine.train()

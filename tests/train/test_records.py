@@ -2,11 +2,13 @@
 
 import doctest
 import json
+import resource
+import signal
 
 import pytest
 
 from qwen2vl_train.training import records
-from qwen2vl_train.training.records import add_change, forget_packs, take_changes
+from qwen2vl_train.training.records import Record, add_change, forget_packs, take_changes
 
 
 def write(path, lines, rest=""):
@@ -41,6 +43,24 @@ def test_lines_that_ran_into_each_other_go_and_the_run_goes_on(tmp_path):
         )
         forget_packs(tmp_path, {"plan": {"number": 8}})
         assert read(tmp_path / f"{name}.jsonl") == [{"pack": 6}, {"pack": 7}]
+
+
+def test_lines_that_find_no_room_leave_no_half_one_behind(tmp_path):
+    """A limit on the file's size stands in for the disk; half a line amid the others would end the next resume."""
+    said = []
+    record = Record(tmp_path / "skipped_updates.jsonl", said.append)
+    record.add([{"step": 1, "pack": 3}])
+    size, limits = record.path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+        record.add([{"step": 2, "pack": 6}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    record.add([{"step": 3, "pack": 9}, {"step": 3, "pack": 8}])
+    assert read(record.path) == [{"step": 1, "pack": 3}, {"step": 3, "pack": 9}, {"step": 3, "pack": 8}]
+    assert len(said) == 1
 
 
 def test_a_stage_without_a_checkpoint_begins_with_empty_records(tmp_path):
