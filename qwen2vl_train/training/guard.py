@@ -1,8 +1,8 @@
 """The numerical guard: what happens when an update was left out because loss or gradients were not finite.
 
-Enters: the result of each step. Leaves: a line per suspicious pack in `skipped_updates.jsonl`, a count in `Progress`,
-and an error past the configured limits. Costs nothing while updates are finite: the verdict is the one that DeepSpeed
-needs anyhow, and the losses are looked at only after a skipped update.
+Enters: the result of each step. Leaves: a line per suspicious pack in `skipped_updates.jsonl`, counts in `Progress` (a
+resumed run counts on), and an error past the configured limits. Costs nothing while updates are finite: the verdict is
+the one that DeepSpeed needs anyhow, and the losses are looked at only after a skipped update.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Guard:
         self._config = config
         self._record = Record(folder / "skipped_updates.jsonl", warn)
         self._world = world
-        self._in_row = 0
 
     def check(self, result: StepResult, packs: Sequence[PackedBatch], progress: Progress) -> None:
         """Take in the step that `progress.step` counts last. Collective after a skipped update, silent otherwise.
@@ -41,9 +40,9 @@ class Guard:
             NonFiniteError: the limit of skipped updates is reached, on every rank alike.
         """
         if not result.skipped:
-            self._in_row = 0
+            progress.skipped_in_row = 0
             return
-        self._in_row += 1
+        progress.skipped_in_row += 1
         progress.skipped_updates += 1
         losses = [float(loss) for loss in result.losses]
         mine = [_describe(pack, loss, self._world.rank) for pack, loss in zip(packs, losses, strict=True)]
@@ -52,11 +51,12 @@ class Guard:
         suspects = [row for row in everyone if row["loss"] is None] or everyone
         if self._world.is_main:
             self._record.add({"step": progress.step, **row} for row in suspects)
-        if self._in_row >= self._config.max_skipped_in_row or progress.skipped_updates >= self._config.max_skipped:
+        in_row, in_all = progress.skipped_in_row, progress.skipped_updates
+        if in_row >= self._config.max_skipped_in_row or in_all >= self._config.max_skipped:
             keys = [key for row in suspects for key in row["keys"]]
             raise NonFiniteError(
-                f"step {progress.step}: loss or gradients were not finite, {self._in_row} times in a row and "
-                f"{progress.skipped_updates} times in this stage (guard.max_skipped_in_row="
+                f"step {progress.step}: loss or gradients were not finite, {in_row} times in a row and "
+                f"{in_all} times in this stage (guard.max_skipped_in_row="
                 f"{self._config.max_skipped_in_row}, guard.max_skipped={self._config.max_skipped}); no update was made "
                 f"with them. Last packs {[row['pack'] for row in suspects]}, samples {', '.join(keys[:8])}"
                 f"{', ...' if len(keys) > 8 else ''}; all are in {self._record.path}. Lower the learning rate, "

@@ -188,7 +188,6 @@ class Trainer:
         progress: Progress,
     ) -> Progress | None:
         """Model, optimizer and counts as in the last checkpoint; the loader stays behind the spike. Collective.
-
         None where no checkpoint lies before it: the step then counts as any other.
         """
         path = store.find("auto", before=spike.step)
@@ -198,7 +197,7 @@ class Trainer:
             self._monitor.warn(f"{spike}; no checkpoint lies before it, so training goes on")
             return None
         state = store.load(engine, path)
-        returned = Progress(**state["progress"] | {"rollbacks": progress.rollbacks + 1})
+        returned = progress.rolled_back(state["progress"])
         spikes.record(spike, packs, returned.step, returned.rollbacks)
         journal.discard()
         self._monitor.forget_after(self._name, returned.step)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from data_pipelines.ledger import LOSSLESS
 from data_pipelines.samples import PackedBatch
@@ -23,8 +24,8 @@ class Progress:
     `capacity` is packs * max_tokens, so fill = tokens / capacity. `seconds` is training time with data wait
     (`wait_s` of it, the slowest rank's), without evaluation or checkpoints. `documents` counts by dataset, `lost` and
     `changed` by "dataset/reason"; `failed` by dataset: those of `lost` that failed when their pack was made.
-    All but `step`, `trained_tokens` and what the guards keep (`skipped_updates`, `rollbacks`, `recent_losses`) is
-    counted at each log.
+    All but `step`, `trained_tokens` and what the guards keep (`skipped_updates`, `skipped_in_row` up to the last step,
+    `rollbacks`, `recent_losses`) is counted at each log.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class Progress:
     vision_tokens: int = 0
     capacity: int = 0
     skipped_updates: int = 0
+    skipped_in_row: int = 0
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -49,6 +51,14 @@ class Progress:
     def position(self, stage: StageConfig) -> int:
         """How much of `stage.length` is done, in its unit."""
         return self.trained_tokens if stage.tokens else self.step
+
+    def rolled_back(self, saved: dict[str, Any]) -> Progress:
+        """The `saved` progress of an earlier step, with one more rollback.
+
+        The guards' counts go on: packs passed over are not trained again, so nothing would count them again.
+        """
+        counts = {"skipped_updates": self.skipped_updates, "skipped_in_row": self.skipped_in_row}
+        return Progress(**saved | counts | {"rollbacks": self.rollbacks + 1})
 
     @property
     def fill(self) -> float:

@@ -40,6 +40,20 @@ def test_a_spike_costs_the_steps_since_the_checkpoint_and_is_never_seen_again(tm
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
+def test_a_spike_while_a_checkpoint_is_written_goes_back_to_that_one_and_counts_skipped_updates_on(tmp_path):
+    """Step 5 is skipped, step 6 a spike: back to step 4, whose checkpoint is on its way to the disk.
+
+    The next skipped update, of what is step 5 then, is the second one.
+    """
+    options = {"bad_packs": {"9": "loss", "10": "spike", "13": "loss"}, "asynchronous": True, "write_delay_s": 1}
+    guard = GUARD | {"max_skipped": 2}
+    finished = train(1, tmp_path, steps=9, **SPIKED | options | {"packs": 2, "guard": guard})
+    assert finished.returncode != 0
+    assert "checkpoints/step-00000004, on with the packs after the spike (rollback 1" in finished.stdout
+    assert "step 5: loss or gradients were not finite, 1 times in a row and 2 times in this stage" in finished.stderr
+
+
 def test_past_the_limit_the_run_ends_with_the_samples_named(tmp_path):
     """Steps 6 and 7 of the data spike: the second one is met as step 5, after the first rollback."""
     options = SPIKED | {"guard": GUARD | {"max_rollbacks": 1}, "bad_packs": {"21": "spike", "26": "spike"}}
