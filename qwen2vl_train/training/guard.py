@@ -12,16 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import GuardConfig
 from qwen2vl_train.training.records import Record
 from qwen2vl_train.training.step import StepResult
 from qwen2vl_train.training.window import Progress
-from qwen2vl_train.training.world import World
+from qwen2vl_train.training.world import AgreedError, World
 
 
-class NonFiniteError(UserError):
+class NonFiniteError(AgreedError):
     """Too many updates were left out because loss or gradients were not finite."""
 
 

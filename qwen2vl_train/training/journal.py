@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import StageConfig
 from qwen2vl_train.model.config import ModelConfig
@@ -23,10 +22,10 @@ from qwen2vl_train.training.engine import Engine
 from qwen2vl_train.training.monitor import Monitor
 from qwen2vl_train.training.step import LossTotals
 from qwen2vl_train.training.window import Progress, Window, slowest_wait_s
-from qwen2vl_train.training.world import World
+from qwen2vl_train.training.world import AgreedError, World
 
 
-class ErrorBudgetError(UserError):
+class ErrorBudgetError(AgreedError):
     """A dataset lost more samples than its configuration allows."""
 
 

@@ -19,18 +19,17 @@ from pathlib import Path
 
 import torch
 
-from data_pipelines.errors import UserError
 from data_pipelines.samples import PackedBatch
 from qwen2vl_train.config import GuardConfig
 from qwen2vl_train.training.records import Record
 from qwen2vl_train.training.step import StepResult
 from qwen2vl_train.training.window import Progress
-from qwen2vl_train.training.world import World
+from qwen2vl_train.training.world import AgreedError, World
 
 _LEAST_SPREAD = 0.01  # of the mean: on a plateau, the deviation alone would call every breath of the data a spike
 
 
-class SpikeError(UserError):
+class SpikeError(AgreedError):
     """The loss jumped more often than the configuration allows."""
 
 

@@ -29,7 +29,7 @@ from qwen2vl_train.model.weights import initialise, load_hf
 from qwen2vl_train.start import refuse_other_tensors
 from qwen2vl_train.training.ahead import DeviceFeed
 from qwen2vl_train.training.balancing import pack_cost, write_pack_cost
-from qwen2vl_train.training.checkpoint import CheckpointStore
+from qwen2vl_train.training.checkpoint import CheckpointError, CheckpointStore
 from qwen2vl_train.training.engine import Engine, building
 from qwen2vl_train.training.guard import Guard
 from qwen2vl_train.training.journal import Journal
@@ -43,7 +43,7 @@ from qwen2vl_train.training.step import train_step
 from qwen2vl_train.training.stopping import EXIT_UNSAVED, Preempted, StopRequest
 from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.window import Progress
-from qwen2vl_train.training.world import World
+from qwen2vl_train.training.world import AgreedError, World
 
 Loader = PackLoader | StreamLoader
 
@@ -104,7 +104,12 @@ class Trainer:
             watchdog.note(f"looking for a checkpoint of {self._name}", limit_s=save_s)
             store = CheckpointStore(self._folder / "checkpoints", run.checkpoint, self._world, self._monitor.warn)
             progress = self._resume(store, engine, loader)
-            progress = self._train(engine, loader, store, progress, stop, watchdog)
+            try:
+                progress = self._train(engine, loader, store, progress, stop, watchdog)
+            except AgreedError:
+                watchdog.note(f"ending {self._name} with the checkpoint on its way", limit_s=save_s)
+                self._publish_pending(store)
+                raise
             stop.obey(self._world, f"before the export of {self._name}")  # its last checkpoint is written
         except Preempted:
             engine.close()
@@ -176,6 +181,13 @@ class Trainer:
                 if result.stop and not done:
                     raise self._farewell(stop, progress.step, path)
         return progress
+
+    def _publish_pending(self, store: CheckpointStore) -> None:
+        """Bring a checkpoint that was being written to its end; the error that ends the run stays its cause."""
+        try:
+            store.finish()
+        except (CheckpointError, OSError) as error:
+            self._monitor.warn(str(error))
 
     def _roll_back(
         self,

@@ -27,6 +27,10 @@ from qwen2vl_train.training.restart import is_restart
 T = TypeVar("T")
 
 
+class AgreedError(UserError):
+    """One that every rank raises alike, at the same place: collectives can still follow."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among `size`: its `rank`, its `local_rank` on the node, its device; `start` names this start.

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from qwen2vl_train.training.manifest import fault_of
 from tests.distributed.launch import metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.timeout(1000)]
@@ -55,3 +56,15 @@ def test_the_run_ends_at_the_limit_with_the_samples_named(tmp_path):
     assert "2 times in a row" in finished.stderr
     assert "key-9-0" in finished.stderr
     assert max(metrics(tmp_path)) == 2  # the step that passed the limit raised before its log
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_its_way_to_the_disk_is_finished_before_the_run_ends(tmp_path):
+    """Step 4 ends the run on all ranks alike, a second before the checkpoint of step 3 is written."""
+    bad = {"bad_packs": {"13": "loss"}, "guard": {"max_skipped_in_row": 1}}
+    finished = train(2, tmp_path, steps=9, packs=4, every=3, asynchronous=True, write_delay_s=1, **bad)
+    assert finished.returncode != 0
+    assert "step 4: loss or gradients were not finite" in finished.stderr
+    folder = tmp_path / "main" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000003"]
+    assert fault_of(folder / "step-00000003") is None
