@@ -68,8 +68,8 @@ def export_model(
             _write(tensors, config, tokenizer, media, folder, dtype)
         except (OSError, SafetensorError) as error:
             raise ExportError(
-                f"could not write the export {folder}: {error}. The stage's last checkpoint is written: make room (or "
-                "repair the disk) and start the same command again"
+                f"could not write the export {folder}: {error}; make room (or repair the disk) and start the same "
+                "command again"
             ) from error
     world.barrier()  # the folder is there for every rank
 

@@ -194,6 +194,10 @@ class CheckpointStore:
     def _steps(self) -> list[Path]:
         return sorted(self._folder.glob("step-????????"))
 
+    def holds(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is here under its name."""
+        return (self._folder / f"step-{step:08d}").is_dir()
+
     def _newest(self) -> str:
         return str(max(self._steps(), default="none yet"))
 

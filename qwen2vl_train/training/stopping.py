@@ -76,9 +76,12 @@ class StopRequest:
         Raises:
             Preempted: on every rank; `where` completes "stopped ...".
         """
-        asked = world.sum(torch.tensor(float(self.requested), device=world.device))
-        if asked.item():
+        if self.is_asked(world):
             raise Preempted(f"stopped {where} on {self.reason}; the same command continues")
+
+    def is_asked(self, world: World) -> bool:
+        """Whether any rank was asked to stop. Collective."""
+        return bool(world.sum(torch.tensor(float(self.requested), device=world.device)).item())
 
     def is_cause_of(self, error: Exception) -> bool:
         """Whether `error` only says that the signal, sent to the whole process group, ended helper processes, too."""

@@ -21,7 +21,7 @@ from data_pipelines.samples import PackedBatch
 from data_pipelines.streaming import StreamLoader
 from data_pipelines.tokenizer import TextTokenizer
 from qwen2vl_train.config import ConfigError, RunConfig, StageConfig
-from qwen2vl_train.export import export_model
+from qwen2vl_train.export import ExportError, export_model
 from qwen2vl_train.model.config import ModelConfig
 from qwen2vl_train.model.parts import audit, format_audit, freeze
 from qwen2vl_train.model.qwen2vl import Qwen2VL
@@ -110,7 +110,11 @@ class Trainer:
                 watchdog.note(f"ending {self._name} with the checkpoint on its way", limit_s=save_s)
                 self._publish_pending(store)
                 raise
-            stop.obey(self._world, f"before the export of {self._name}")  # its last checkpoint is written
+            kept = self._world.from_main(lambda: store.holds(progress.step))
+            if kept:
+                stop.obey(self._world, f"before the export of {self._name}")
+            elif stop.is_asked(self._world):
+                raise self._farewell(stop, progress.step, None)
         except Preempted:
             engine.close()
             raise
@@ -118,10 +122,7 @@ class Trainer:
             self._monitor.stop_progress()
             loader.close()
         watchdog.note(f"exporting {self._name}", limit_s=save_s)
-        export_model(
-            engine.full_tensors(), self._model_config, self._tokenizer, self._stage.data.media,
-            self._folder / "export", getattr(torch, run.export_dtype), self._world,
-        )  # fmt: skip
+        self._export(engine, kept)
         engine.close()
         self._sequence.close()
         return progress
@@ -181,6 +182,22 @@ class Trainer:
                 if result.stop and not done:
                     raise self._farewell(stop, progress.step, path)
         return progress
+
+    def _export(self, engine: Engine, kept: bool) -> None:
+        """Write the trained model; without a checkpoint of its last step (not `kept`), that alone saves the stage."""
+        if not kept:
+            self._monitor.warn(
+                f"{self._name} is trained, but the checkpoint of its last step could not be written: should the export "
+                "or the evaluation not come to its end, the steps since the checkpoint before are trained again"
+            )
+        try:
+            export_model(
+                engine.full_tensors(), self._model_config, self._tokenizer, self._stage.data.media,
+                self._folder / "export", getattr(torch, self._run.export_dtype), self._world,
+            )  # fmt: skip
+        except ExportError as error:
+            what = "does the export alone" if kept else "trains the steps since the last checkpoint again, too"
+            raise ExportError(f"{error}, which {what}") from error
 
     def _publish_pending(self, store: CheckpointStore) -> None:
         """Bring a checkpoint that was being written to its end; the error that ends the run stays its cause."""

@@ -140,16 +140,36 @@ def test_without_room_on_the_disk_training_goes_on_and_says_so(tmp_path):
     assert steps_kept(tmp_path) == []
 
 
-def test_a_stop_without_room_for_its_checkpoint_ends_with_a_code_of_its_own(tmp_path):
+@pytest.mark.parametrize(("steps", "stopped"), [(9, 4), (3, 3)], ids=["amid the stage", "in its last step"])
+def test_a_stop_without_room_for_its_checkpoint_ends_with_a_code_of_its_own(tmp_path, steps, stopped):
     """Not 75, at which schedulers start the same again: it would lose the same steps each time.
 
     The signal comes in step 3, whose ranks have agreed to go on already.
     """
     fault = {"kind": "term", "rank": 0, "step": 2}
-    finished = train(1, tmp_path, steps=9, packs=2, every=9, min_free_gb=1e6, fault=fault)
+    finished = train(1, tmp_path, steps=steps, packs=2, every=9, min_free_gb=1e6, fault=fault)
     assert "exitcode: 74" in finished.stderr.replace("exitcode  :", "exitcode:"), finished.stderr[-3000:]
-    assert "main stopped after step 4 on SIGTERM; its checkpoint could not be written (see above)" in finished.stderr
+    said = f"main stopped after step {stopped} on SIGTERM; its checkpoint could not be written (see above)"
+    assert said in finished.stderr
     assert steps_kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("min_free_gb", [0, 1e6], ids=["with the last checkpoint", "without"])
+def test_an_export_that_fails_says_what_the_next_start_does_again(tmp_path, min_free_gb):
+    train_bpe(["a word or two"], tmp_path / "tokenizer", vocab_size=300)
+    options = {"steps": 2, "packs": 2, "tokenizer": str(tmp_path / "tokenizer"), "tensor_s": 0}
+    (tmp_path / "main").mkdir()
+    in_the_way = tmp_path / "main" / ".writing-export"
+    in_the_way.write_text("")
+    failed = train(1, tmp_path, min_free_gb=min_free_gb, **options)
+    assert failed.returncode != 0
+    assert "could not write the export" in failed.stderr
+    again = "trains the steps since the last checkpoint again" if min_free_gb else "does the export alone"
+    assert f"start the same command again, which {again}" in failed.stderr
+    assert ("or the evaluation not come to its end" in failed.stdout) == bool(min_free_gb)
+    in_the_way.unlink()
+    assert train(1, tmp_path, min_free_gb=min_free_gb, **options).returncode == 0
+    assert (tmp_path / "main" / "export" / "config.json").is_file()
 
 
 def run_with_kills(folder, pauses_s, **options):
