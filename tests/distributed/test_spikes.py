@@ -17,18 +17,28 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_a_spike_costs_the_steps_since_the_checkpoint_and_is_never_seen_again(tmp_path):
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {},
+        {"zero_stage": 1, "precision": "bf16", "asynchronous": True, "write_delay_s": 1},
+        {"whole": 100_000},  # the default for GPUs: every parameter of this model
+    ],
+    ids=["ZeRO-3", "ZeRO-1 bf16, asynchronous", "ZeRO-3, small parameters whole"],
+)
+def test_a_spike_costs_the_steps_since_the_checkpoint_and_is_never_seen_again(tmp_path, engine):
     """Pack 21 of 4 per step makes step 6 a spike: back to step 4, on with the packs of what would have been step 7.
 
     The run ends in between and is resumed; the reference never sees the packs of steps 5 and 6.
     """
-    first = train(2, tmp_path / "spiked", steps=6, **SPIKED)
+    options = SPIKED | engine
+    first = train(2, tmp_path / "spiked", steps=6, **options)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "rollback 1 of at most 10" in first.stdout
-    again = train(2, tmp_path / "spiked", steps=9, **SPIKED)
+    again = train(2, tmp_path / "spiked", steps=9, **options)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "rollback" not in again.stdout
-    clean = train(2, tmp_path / "clean", steps=9, packs=4, leave_out=[4, 5])
+    clean = train(2, tmp_path / "clean", steps=9, packs=4, leave_out=[4, 5], **engine)
     assert clean.returncode == 0, clean.stderr[-3000:]
     (line,) = [json.loads(line) for line in (tmp_path / "spiked" / "main" / "spikes.jsonl").read_text().splitlines()]
     assert (line["step"], line["returned_to"], line["rollbacks"]) == (6, 4, 1)

@@ -2,6 +2,7 @@
 
 Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the options, all optional:
     steps, packs, every, keep, keep_every, min_free_gb, resume, optimizer, zero_stage, precision, trainable, tied, clip
+    whole: elements below which ZeRO-3 keeps a parameter on every rank (default 0)
     compile, asynchronous, sequence_parallel          write_delay_s: before a checkpoint's first file is written
     takes_bytes: what the engine says that a checkpoint takes
     tokenizer: a folder; with it the model is exported as by a run, `tensor_s` seconds for each tensor
@@ -162,7 +163,7 @@ def configure(run_dir: Path, options: dict) -> RunConfig:
         options.get("precision", "fp32"),
         offload_optimizer=options.get("offload_optimizer", False),
         offload_parameters=options.get("offload_parameters", False),
-        param_persistence_threshold=0,
+        param_persistence_threshold=options.get("whole", 0),
         prefetch_bucket_size=100_000,
         reduce_bucket_size=100_000,
         timeout_s=120,
