@@ -190,9 +190,18 @@ def run_with_kills(folder, pauses_s, **options):
             assert fault_of(latest.parent / latest.read_text()) is None
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "asynchronous"])
-def test_killed_ranks_lose_nothing_beyond_the_last_checkpoint(tmp_path, asynchronous):
-    options = {"steps": 12, "packs": 4, "every": 1, "keep": 2, "asynchronous": asynchronous}
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {},
+        {"asynchronous": True},
+        {"zero_stage": 2, "precision": "bf16"},
+        {"precision": "bf16", "whole": 100_000},  # the default for GPUs: every parameter of this model
+    ],
+    ids=["waiting", "asynchronous", "ZeRO-2 bf16", "ZeRO-3 bf16, small parameters whole"],
+)
+def test_killed_ranks_lose_nothing_beyond_the_last_checkpoint(tmp_path, engine):
+    options = {"steps": 12, "packs": 4, "every": 1, "keep": 2} | engine
     assert train(2, tmp_path / "whole", **options).returncode == 0
     run_with_kills(tmp_path / "killed", (0.3, 7.0), step_s=0.2, **options)
     last = train(2, tmp_path / "killed", **options)
