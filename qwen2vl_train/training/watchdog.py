@@ -9,6 +9,9 @@ collective is used, since collectives are what hangs.
 Who stalls: all ranks stop together, one because it is stuck, the others in a collective that waits for it. Every rank
 makes the same notes in the same order, so the stuck one has made fewest; among equals it is the one whose main thread
 is not inside a collective. A process that is stopped, or whose C code holds the interpreter, stops sending altogether.
+
+The last resort needs neither a thread nor another rank: each note sets the process's alarm clock to its limit and what
+ending the run takes. SIGALRM writes the Python stacks to stderr from C, and ends the process (128 + 14 to a shell).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from torch._C._distributed_c10d import Store
 
@@ -49,9 +52,12 @@ from qwen2vl_train.training.stopping import EXIT_STALLED
 from qwen2vl_train.training.world import World
 
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/")
+_STDERR = 2  # written to from C
 _PATIENCE_TICKS = 3
 _FAILURE_GRACE_S = 5.0
 _ANSWER_S = 20.0  # the store's own limit for connecting and waiting
+_EXIT_S = 120.0  # what a rank still says and waits for (failure.py: about 60 s), and the interpreter's end
+_STACKS_S = 1.0  # to write stacks
 
 T = TypeVar("T")
 Keys = Sequence[str] | Callable[[], Sequence[str]]
@@ -79,10 +85,11 @@ class Beat:
 
 
 class Watchdog:
-    """Entered around a whole run; `note` at each change of activity.
+    """Entered around a whole run; `note` at each change of activity. Main thread only.
 
     Where another rank fails, it also ends this one, which may wait for that rank in a collective (NCCL's never end),
     and where the launcher's process has died; both with `stall_s` 0, too, where no rank ever counts as stalled.
+    A process that is stopped (SIGSTOP) past its limit ends as it goes on. Once left, the process has `_EXIT_S` to end.
     """
 
     def __init__(self, config: WatchdogConfig, world: World, folder: Path | None) -> None:
@@ -94,7 +101,6 @@ class Watchdog:
         self._ask_keys: Callable[[], Sequence[str]] | None = None
         self._since, self._limit_s = time.monotonic(), self._stall_s
         self._tick_s = min(5.0, max(0.2, self._stall_s / 10))
-        self._stacks: IO[str] = sys.stderr
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
@@ -103,6 +109,7 @@ class Watchdog:
         self._notes: Store | None = None  # a connection that the thread's waiting for answers never blocks
 
     def __enter__(self) -> Self:
+        faulthandler.register(signal.SIGALRM, file=_STDERR, chain=True)  # the stacks, then its default: the end
         self._notes = self._world.connect_store("watchdog")
         self.note("starting")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -112,11 +119,11 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._set_alarm(_EXIT_S)
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
             self._talker.shutdown(wait=False)
-            faulthandler.cancel_dump_traceback_later()
 
     def note(self, activity: str, keys: Keys = (), limit_s: float | None = None) -> None:
         """This rank now does `activity` (with the samples `keys`), for at most `limit_s` seconds (None: `stall_s`).
@@ -129,6 +136,8 @@ class Watchdog:
         self._since = time.monotonic()
         self._limit_s = limit_s if limit_s and math.isfinite(self._stall_s) else self._stall_s
         self._ask_keys = keys if callable(keys) else None
+        # the thread needs so long to see it, judge and tell; where it cannot, the alarm ends the process
+        self._set_alarm(self._limit_s + (_PATIENCE_TICKS + 1) * self._tick_s + 2 * _ANSWER_S)
         known = () if callable(keys) else tuple(keys)
         self._beat = replace(self._beat, notes=self._beat.notes + 1, activity=activity, keys=known)
         if self._notes is not None:
@@ -141,34 +150,25 @@ class Watchdog:
         """`note` for one pack."""
         self.note(f"{activity} of pack {pack.number}", pack.keys)
 
+    def _set_alarm(self, after_s: float) -> None:
+        """End the process by SIGALRM in `after_s` seconds, whatever holds it; never where no rank counts as stalled."""
+        watched = math.isfinite(self._stall_s) and math.isfinite(after_s)
+        signal.setitimer(signal.ITIMER_REAL, after_s if watched else 0)
+
     def _watch(self) -> None:
         """The thread: send beats; when this rank is overdue, find out with the others who stalls, tell and end."""
         try:
-            self._open_stacks()
             store, failures = self._world.connect_store("watchdog"), self._world.connect_store(FAILURE_PREFIX)
             while not self._ended.wait(self._tick_s):
                 self._end_if_orphaned(failures)
                 first = self._ask(lambda: read_first_cause(failures))
                 if first is not None and not self._ended.wait(_FAILURE_GRACE_S):
                     self._end_after(first, failures)
-                # Fires from C if this thread cannot run for so long because other code holds the interpreter.
-                if math.isfinite(self._stall_s):
-                    faulthandler.dump_traceback_later(max(self._stall_s, 4 * self._tick_s), file=self._stacks)
                 beat = self._ask(lambda: self._tick(store))
                 if beat.still_s > self._limit_s:
                     self._end_run(store, beat.notes)
         except Exception as error:  # whatever it is: without this thread a stalled rank would never end
             self._watch_alone(error)
-
-    def _open_stacks(self) -> None:
-        """This rank's stacks go to a file that keeps those of earlier starts; without room for it, to stderr."""
-        if self._folder is None:
-            return
-        with suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = (self._folder / f"stacks-rank{self._world.rank}.txt").open("a")
-            print(f"--- {time.strftime('%F %T')}: process {os.getpid()} starts", file=file, flush=True)
-            self._stacks = file
 
     def _ask(self, talk: Callable[[], T]) -> T:
         """What `talk`, which asks the store, answers; from yet another thread, since only connecting has a time limit.
@@ -238,8 +238,7 @@ class Watchdog:
             self._ask(lambda: store.set("reported", text))
         else:
             text = self._ask(lambda: store.get("reported").decode())  # waits for it
-        for rank in silent & set(beats):
-            _kill_if_here(beats[rank])
+        _end_here([beats[rank] for rank in silent & set(beats)])
         self._end_process(text, say=speaker == self._world.rank)
 
     def _end_process(self, report: str, say: bool = True) -> NoReturn:
@@ -248,9 +247,20 @@ class Watchdog:
             leave_for_torchrun(report, time.time())
             if say:
                 print(report, file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._keep_stacks()
         finally:  # also where the disk is full
             os._exit(EXIT_STALLED)
+
+    def _keep_stacks(self) -> None:
+        """This process's stacks, added to those of earlier stalls in the folder; without room for it, on stderr."""
+        if self._folder is not None:
+            with suppress(OSError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with (self._folder / f"stacks-rank{self._world.rank}.txt").open("a") as file:
+                    print(f"--- {time.strftime('%F %T')}: process {os.getpid()} stalled", file=file, flush=True)
+                    faulthandler.dump_traceback(file, all_threads=True)
+                return
+        faulthandler.dump_traceback(_STDERR, all_threads=True)
 
     def _end_after(self, first: dict[str, Any], failures: Store) -> NoReturn:
         """End this rank because another one failed."""
@@ -285,14 +295,25 @@ class Watchdog:
         return {rank: Beat(**fields | {"keys": tuple(fields["keys"])}) for rank, fields in beats.items()}
 
 
-def _kill_if_here(beat: Beat) -> None:
-    """End a silent rank of this host, which can do nothing itself any more (SIGKILL ends stopped processes, too)."""
-    if beat.host != socket.gethostname():
-        return  # a rank over there does it, or that host's launcher
+def _end_here(silent: Sequence[Beat]) -> None:
+    """End the silent ranks of this host, which can do nothing themselves any more; those of others, ranks over there.
+
+    SIGALRM lets one whose C code holds the interpreter write its stacks; SIGKILL ends stopped processes, too.
+    """
+    here = [beat for beat in silent if beat.host == socket.gethostname()]
+    for beat in here:
+        _signal(beat, signal.SIGALRM)
+    if here:
+        time.sleep(_STACKS_S)
+    for beat in here:
+        _signal(beat, signal.SIGKILL)
+
+
+def _signal(beat: Beat, number: signal.Signals) -> None:
     with suppress(OSError):  # it is gone, or not ours
         # another container may share this host's name and use the number for something else
         if f"RANK={beat.rank}".encode() in Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0"):
-            os.kill(beat.pid, signal.SIGKILL)
+            os.kill(beat.pid, number)
 
 
 def find_stalled(beats: dict[int, Beat], silent: set[int]) -> list[int]:

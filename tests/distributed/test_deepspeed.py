@@ -34,7 +34,7 @@ def test_two_ranks_train_to_the_end(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert list(metrics(tmp_path)) == [1, 2, 3]
     assert (tmp_path / "weights.pt").exists()  # what the worker writes for an export
-    assert {path.name for path in tmp_path.glob("stacks-rank*")} == {"stacks-rank0.txt", "stacks-rank1.txt"}
+    assert (ended.stdout + ended.stderr).count("exits successfully") == 2
 
 
 def test_the_cause_of_the_rank_that_holds_the_store_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """How a run ends outside its steps, and without torchrun: first causes, stalls on a full disk, stacks that are kept."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -82,6 +83,45 @@ def test_a_second_stall_leaves_the_first_ones_report_and_stacks(tmp_path):
         assert rank.returncode == 76
     assert (tmp_path / "stall.txt").read_text().count("STALLED") == 2
     assert (tmp_path / "stacks-rank0.txt").read_text().count("ending_worker.py") >= 2
+
+
+def test_a_rank_whose_c_code_holds_the_interpreter_ends_though_no_other_rank_can_end_it(tmp_path):
+    """Its watchdog cannot run; in a world of one, on another node, or with all ranks in such a call none else does."""
+    patch = {"_ANSWER_S": 1.0}
+    (rank,) = start_ranks(tmp_path, 1, stall_s=1, holds="all", hold_s=1000, patch=patch)
+    told = rank.communicate(timeout=60)[1]
+    assert rank.returncode == -signal.SIGALRM
+    assert "ending_worker.py" in told
+    assert " in run" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"stall_s": 1, "limit_s": 60}, {"stall_s": 0}],
+    ids=["under a longer limit", "with the watchdog's stalls switched off"],
+)
+def test_c_code_that_holds_the_interpreter_within_its_limit_is_not_cut_short(tmp_path, options):
+    patch = {"_ANSWER_S": 0.1, "_PATIENCE_TICKS": 1}
+    (rank,) = start_ranks(tmp_path, 1, holds="all", hold_s=3, patch=patch, **options)
+    told = rank.communicate(timeout=60)[1]
+    assert rank.returncode == 0, told
+
+
+@pytest.mark.slow
+def test_another_rank_of_the_host_reports_the_one_that_holds_the_interpreter_and_has_its_stack_written(tmp_path):
+    first, second = start_ranks(tmp_path, 2, stall_s=3, holds=1, hold_s=1000)
+    told, stack = (rank.communicate(timeout=60)[1] for rank in (first, second))
+    assert (first.returncode, second.returncode) == (76, -signal.SIGALRM)
+    assert "rank 1 holds up the others: its process is stopped, gone, cut off, or holds the interpreter" in told
+    assert " in run" in stack
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_end_after_its_work_is_ended(tmp_path):
+    (rank,) = start_ranks(tmp_path, 1, ends=True, patch={"_EXIT_S": 1.0})
+    rank.communicate(timeout=60)
+    assert rank.returncode == -signal.SIGALRM
 
 
 def test_a_port_in_use_is_one_line(tmp_path):

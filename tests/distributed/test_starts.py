@@ -83,7 +83,7 @@ def test_ranks_whose_launcher_is_killed_end_with_it_instead_of_training_on_besid
             command(2, "tests.distributed.ending_worker", tmp_path, json.dumps({"stall_s": 20})),
             cwd=ROOT, env=environment(), stdout=file, stderr=file,
         )  # fmt: skip
-    while not all((tmp_path / f"stacks-rank{rank}.txt").exists() for rank in (0, 1)):
+    while not all(f"rank {rank} works" in log.read_text() for rank in (0, 1)):
         assert agent.poll() is None, log.read_text()
         time.sleep(0.1)
     ranks = psutil.Process(agent.pid).children()
