@@ -109,6 +109,7 @@ def _train(options: argparse.Namespace) -> int:
     from qwen2vl_train.stages import run_chain
     from qwen2vl_train.training.failure import exit_after
     from qwen2vl_train.training.stopping import EXIT_PREEMPTED, LeaveOnSignal, Preempted, StopRequest
+    from qwen2vl_train.training.watchdog import Watchdog
     from qwen2vl_train.training.world import end_world, start_world
 
     code = 0
@@ -117,15 +118,16 @@ def _train(options: argparse.Namespace) -> int:
             world = start_world(run.engine.timeout_s, run.engine.meeting_s)
         stop.announce = world.is_main
         try:
-            summary = run_chain(run, settings, world, stop)
-            if world.is_main:
-                print_summary(summary)
-            world.barrier()
-        except Preempted as order:
-            if world.is_main:
-                print(order, file=sys.stderr, flush=True)
-            world.barrier()
-            code = order.code
+            with Watchdog(run.watchdog, world, Path(run.run_dir)) as watchdog:
+                try:
+                    summary = run_chain(run, settings, world, stop, watchdog)
+                    if world.is_main:
+                        print_summary(summary)
+                except Preempted as order:
+                    if world.is_main:
+                        print(order, file=sys.stderr, flush=True)
+                    code = order.code
+                world.barrier()
         except Exception as error:
             exit_after(error, world, EXIT_PREEMPTED if stop.is_cause_of(error) else None)
         end_world()  # here, where no exception's frames keep the engine in memory
@@ -155,9 +157,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
             scored(0)
             report = evaluate(options.model, run.data.heldout, data, run.evaluation, world, scored, at)
-        if world.is_main:
-            print(json.dumps({"held_out": report.metrics, "majority": report.baseline}, indent=1))
-        world.barrier()
+            if world.is_main:
+                print(json.dumps({"held_out": report.metrics, "majority": report.baseline}, indent=1))
+            world.barrier()
     except Exception as error:
         exit_after(error, world)
     end_world()

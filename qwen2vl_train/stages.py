@@ -49,7 +49,7 @@ from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import World
 
 
-def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: StopRequest) -> Path:
+def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: StopRequest, watchdog: Watchdog) -> Path:
     """Run the chain and return the path of `summary.json`. Collective.
 
     `settings` is the resolved configuration, stored as `config.json` beside the results.
@@ -57,28 +57,30 @@ def run_chain(run: RunConfig, settings: Mapping[str, Any], world: World, stop: S
     Raises:
         Preempted: a signal asked to stop; the same command continues.
     """
-    folder = Path(run.run_dir)
+    folder, save_s = Path(run.run_dir), run.watchdog.save_s
+    watchdog.note("opening the run's folder", limit_s=save_s)
     lock = RunLock(folder)  # held by rank 0
     unlocked = world.from_main(lambda: _open_run(run, folder, settings, world, lock))
+    watchdog.note("starting the monitor", limit_s=save_s)  # wandb's start can take a minute
     monitor = Monitor(folder, run.monitor, settings, active=world.is_main)
-    if unlocked:
-        monitor.warn(unlocked)
     try:
-        with Watchdog(run.watchdog, world, folder) as watchdog:
-            watchdog.note("preparing the data", limit_s=math.inf)
-            prepare_data(run, world, monitor)
-            world.from_main(lambda: _check_heldout(run))
-            watchdog.note("comparing the ranks")
-            monitor.console.print(check_environment(run, world))
-            tokenizer = TextTokenizer(run.data.tokenizer)
-            config = model_config(run, tokenizer)
-            if lack := find_lack_of_room(run, config):
-                monitor.warn(lack)
-            trained = [_run_stage(run, name, config, world, monitor, stop, watchdog) for name in run.chain]
-            watchdog.note("writing the summary")
-            world.from_main(lambda: _summarise(run, folder, monitor.clock.seconds() / 60, any(trained)))
-            world.from_main(lambda: _write_page(folder, monitor))
+        if unlocked:
+            monitor.warn(unlocked)
+        watchdog.note("preparing the data", limit_s=math.inf)
+        prepare_data(run, world, monitor)
+        world.from_main(lambda: _check_heldout(run))
+        watchdog.note("comparing the ranks")
+        monitor.console.print(check_environment(run, world))
+        tokenizer = TextTokenizer(run.data.tokenizer)
+        config = model_config(run, tokenizer)
+        if lack := find_lack_of_room(run, config):
+            monitor.warn(lack)
+        trained = [_run_stage(run, name, config, world, monitor, stop, watchdog) for name in run.chain]
+        watchdog.note("writing the summary")
+        world.from_main(lambda: _summarise(run, folder, monitor.clock.seconds() / 60, any(trained)))
+        world.from_main(lambda: _write_page(folder, monitor))
     finally:
+        watchdog.note("ending", limit_s=save_s)
         error = sys.exc_info()[1]
         monitor.close(failed=error is not None and not isinstance(error, Preempted))
     lock.release()  # not before another rank's failure: this process then ends at once

@@ -1,6 +1,7 @@
 """`qwen2vl train` with a trainer that trains nothing, and a signal where the test wants it.
 
 Usage: chain_worker WHERE OVERRIDES...    WHERE: data | fits STAGE | scores STAGE | set N of STAGE
+Where it is "monitor starts" or "monitor ends", that hangs, as wandb can.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from qwen2vl_train import cli, stages
@@ -43,6 +45,17 @@ def main() -> int:
             scored(count)
         return Report({}, {}, [])
 
+    class HangingMonitor(stages.Monitor):
+        def __init__(self, *settings, **more) -> None:
+            if where == "monitor starts":
+                time.sleep(1000)
+            super().__init__(*settings, **more)
+
+        def close(self, failed=False) -> None:
+            if where == "monitor ends":
+                time.sleep(1000)
+            super().close(failed)
+
     prepare = stages.prepare_data
 
     def prepare_data(*arguments) -> None:
@@ -50,6 +63,7 @@ def main() -> int:
         prepare(*arguments)
 
     stages.Trainer, stages.evaluate, stages.prepare_data = NoTrainer, evaluate, prepare_data
+    stages.Monitor = HangingMonitor
     return cli.main(["train", *sys.argv[2:]])
 
 

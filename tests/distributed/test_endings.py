@@ -124,6 +124,22 @@ def test_a_process_that_does_not_end_after_its_work_is_ended(tmp_path):
     assert rank.returncode == -signal.SIGALRM
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "activity"), [("monitor starts", "starting the monitor"), ("monitor ends", "ending")]
+)
+def test_a_rank_that_hangs_before_or_after_all_stages_is_named(tmp_path, where, activity):
+    words = [
+        sys.executable, "-m", "tests.distributed.chain_worker", where, "experiment=demo", "stage=language",
+        "monitor.wandb=disabled", "watchdog={stall_s: 10, save_s: 10}",
+        f"run_dir={tmp_path / 'run'}", f"data.root={tmp_path / 'data'}",
+        "data.demo={num_pictures: 40, num_clips: 8, num_texts: 20, num_heldout: 2, vocab_size: 700}",
+    ]  # fmt: skip
+    ended = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 76, ended.stderr
+    assert f"It was at: {activity}\n" in ended.stderr
+
+
 def test_a_port_in_use_is_one_line(tmp_path):
     with socket.socket() as busy:
         busy.bind(("", 0))
