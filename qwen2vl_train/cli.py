@@ -142,10 +142,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--stage {options.stage}: choose of {list(run.stages)}; data.heldout={run.data.heldout}")
     from qwen2vl_train.evaluation.runner import evaluate
     from qwen2vl_train.training.failure import exit_after
+    from qwen2vl_train.training.stopping import LeaveOnSignal
     from qwen2vl_train.training.watchdog import Watchdog
     from qwen2vl_train.training.world import end_world, start_world
 
-    world = start_world(run.engine.timeout_s, run.engine.meeting_s)
+    with LeaveOnSignal():
+        world = start_world(run.engine.timeout_s, run.engine.meeting_s)
     data = run.stages[options.stage].data
     at: list[str] = []
     try:

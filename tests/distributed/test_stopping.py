@@ -14,7 +14,8 @@ from contextlib import suppress
 import pytest
 
 from qwen2vl_train.training.stopping import StopRequest
-from tests.distributed.launch import ROOT, command, environment, metrics, train
+from tests.distributed import launch
+from tests.distributed.launch import ROOT, environment, metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
@@ -59,13 +60,21 @@ def test_a_signal_outside_the_loop_ends_the_run_at_the_next_boundary(folder, whe
     assert begun == work
 
 
-@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_while_the_ranks_meet_ends_at_once_with_75(tmp_path, order):
+@pytest.mark.parametrize(
+    ("command", "order"),
+    [
+        (["train"], signal.SIGTERM),
+        (["train"], signal.SIGUSR1),
+        (["train"], signal.SIGINT),
+        (["evaluate", "model"], signal.SIGINT),
+    ],
+)
+def test_a_signal_while_the_ranks_meet_ends_at_once_with_75(tmp_path, command, order):
     """The second rank never comes; the wait for it is in C and lasts engine.timeout_s."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "qwen2vl_train", "train", "experiment=demo", f"run_dir={tmp_path}"]
+    words = [sys.executable, "-m", "qwen2vl_train", *command, "experiment=demo", f"run_dir={tmp_path}"]
     places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rank = subprocess.Popen(words, cwd=ROOT, env=environment(**places), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -126,7 +135,7 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
 def test_torchrun_with_max_restarts_starts_ranks_that_were_signalled_themselves_again(tmp_path):
     """75 is a failure to torchrun; its own SIGTERM ends it. The ranks meet anew in a store that outlived them."""
     options = {"steps": 4, "packs": 4, "fault": {"kind": "term", "rank": 1, "step": 1}}
-    words = command(2, "tests.distributed.trainer_worker", tmp_path, json.dumps(options))
+    words = launch.command(2, "tests.distributed.trainer_worker", tmp_path, json.dumps(options))
     words.insert(words.index("--standalone"), "--max-restarts=1")
     ended = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False)
     assert ended.returncode == 0, ended.stderr
