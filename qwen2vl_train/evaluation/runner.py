@@ -35,7 +35,7 @@ from qwen2vl_train.evaluation.metrics import constant_baseline, metric_of
 from qwen2vl_train.generate import generate, open_model
 from qwen2vl_train.model.qwen2vl import Qwen2VL
 from qwen2vl_train.training.kept import write_json
-from qwen2vl_train.training.shown import Box, Shown
+from qwen2vl_train.training.shown import MAX_SIDE, Box, Shown
 from qwen2vl_train.training.world import World
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
@@ -43,8 +43,9 @@ Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True)
 class Answer:
-    """One scored sample. `shown` carries its picture for the first few of each task."""
+    """One scored sample, its task's record `number`. `shown` carries its picture for the first few of each task."""
 
+    number: int
     task: str
     question: str
     truth: str
@@ -101,13 +102,14 @@ def evaluate(
         mine = _score_task(model, encoder, source, config, world, at)
         source.close()
         answers = [answer for part in world.gather(mine) for answer in part]
+        answers.sort(key=lambda answer: answer.number)  # as one rank would have them
         if answers:
             name = metric_of(task).name
             report.metrics[name] = sum(answer.hit for answer in answers) / len(answers)
             report.baseline[name] = constant_baseline(
                 task, [answer.question for answer in answers], [answer.truth for answer in answers]
             )
-            report.shown += [answer.shown for answer in answers if answer.shown][: config.pictures]
+            report.shown += [answer.shown for answer in answers if answer.shown]
         if progress is not None:
             progress(number + 1)
     return report
@@ -125,13 +127,14 @@ def _score_task(
     task = source.name
     questions = []
     answers: list[Answer] = []
-    for _, record, media, read in islice(source.records(), world.rank, config.max_samples, world.size):
+    records = islice(enumerate(source.records()), world.rank, config.max_samples, world.size)
+    for number, (_, record, media, read) in records:
         at[:] = [record.key]
         try:
-            questions.append(_question(encoder, record, {item.name: item for item, _ in media}, read))
+            questions.append(_question(encoder, number, record, {item.name: item for item, _ in media}, read))
         except DataError as error:
             warnings.warn(f"held-out sample counts as wrong: {error}", stacklevel=2)
-            answers.append(Answer(task, _asked(record), "", "", False, None))
+            answers.append(Answer(number, task, _asked(record), "", "", False, None))
     stop = (encoder.tokenizer.special.im_end, encoder.tokenizer.special.endoftext)
     for first in range(0, len(questions), config.batch_size):
         batch = questions[first : first + config.batch_size]
@@ -140,15 +143,17 @@ def _score_task(
         for question, ids in zip(batch, outputs, strict=True):
             prediction = encoder.tokenizer.decode([token for token in ids if token not in stop])
             hit = metric_of(task).hit(question.truth, prediction)
-            looked_at = len(answers) < -(-config.pictures // world.size)
+            looked_at = question.number < config.pictures
             shown = _show(task, question, prediction, hit, encoder) if looked_at else None
-            answers.append(Answer(task, _asked(question.record), question.truth, prediction, hit, shown))
+            asked = _asked(question.record)
+            answers.append(Answer(question.number, task, asked, question.truth, prediction, hit, shown))
     at.clear()
     return answers
 
 
 @dataclass(frozen=True)
 class _Question:
+    number: int
     record: Record
     media: Mapping[str, Media]
     read: Callable[[str], bytes]
@@ -158,7 +163,7 @@ class _Question:
 
 
 def _question(
-    encoder: SampleEncoder, record: Record, media: Mapping[str, Media], read: Callable[[str], bytes]
+    encoder: SampleEncoder, number: int, record: Record, media: Mapping[str, Media], read: Callable[[str], bytes]
 ) -> _Question:
     """The prompt's tokens and pixels, and the true answer as the tokenizer writes it, without its end token."""
     prompt = encoder.encode_prompt(record, read, medias=media)
@@ -167,7 +172,7 @@ def _question(
     answer = encoder.tokenize(record, media).input_ids[len(asked) :]
     ends = [place for place, token in enumerate(answer) if token in (special.im_end, special.endoftext)]
     truth = encoder.tokenizer.decode(answer[: ends[0]] if ends else answer)
-    return _Question(record, media, read, prompt, encoder.tokenizer.decode(asked), truth)
+    return _Question(number, record, media, read, prompt, encoder.tokenizer.decode(asked), truth)
 
 
 def _asked(record: Record) -> str:
@@ -184,7 +189,7 @@ def _show(task: str, question: _Question, prediction: str, hit: bool, encoder: S
         for text, predicted in ((question.truth, False), (prediction, True))
         for x1, y1, x2, y2 in parse_boxes(text)
     ]
-    picture = _side_by_side(pictures) if pictures else np.full((28, 28, 3), 255, np.uint8)
+    picture = _shrink(_side_by_side(pictures)) if pictures else np.full((28, 28, 3), 255, np.uint8)
     # with several pictures a box does not say whose it is, nor with a clip's frames, side by side, in which of them
     still = [media.kind for media in question.media.values()] == ["image"]
     drawn = tuple(boxes) if still else ()
@@ -199,6 +204,13 @@ def _picture(media: Media, question: _Question, encoder: SampleEncoder) -> Pictu
     plan = next(plan for plan in question.prompt.media if plan.kind == "video")
     frames = read_clip(data, media, plan, key, encoder.media_config.video_backend)
     return _side_by_side([frame.permute(1, 2, 0).numpy() for frame in frames[:: max(1, len(frames) // 4)]])
+
+
+def _shrink(picture: Picture) -> Picture:
+    """At most `MAX_SIDE` pixels long: 1 MB at most, where 12 megapixels are 36."""
+    image = Image.fromarray(picture)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return np.array(image)
 
 
 def _side_by_side(pictures: Sequence[Picture]) -> Picture:

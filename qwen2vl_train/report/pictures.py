@@ -21,8 +21,8 @@ from qwen2vl_train.report.document import Document, read_json
 from qwen2vl_train.report.figures import is_number, metric_title
 from qwen2vl_train.report.folder import Run
 from qwen2vl_train.report.markup import Html, element
+from qwen2vl_train.training.shown import MAX_SIDE
 
-MAX_SIDE = 560
 BLANK_SIDE = 28  # the evaluation writes a white picture of this size where a sample has none
 QUALITY = 86
 _MEDIA = re.compile(r"<\|vision_start\|>((?:<\|(image|video)_pad\|>)+)<\|vision_end\|>")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_SIDE = 560  # pixels: as large as the report draws a picture
+
 
 @dataclass(frozen=True)
 class Box:
@@ -17,7 +19,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Shown:
-    """One held-out picture for the table: RGB array uint8 [H, W, 3], prompt, truth and prediction, boxes of both."""
+    """One held-out picture for the table: RGB array uint8 [H, W, 3], prompt, truth and prediction, boxes of both.
+
+    H and W are at most `MAX_SIDE`: it travels between ranks.
+    """
 
     task: str
     key: str
