@@ -105,7 +105,8 @@ class Journal:
         metrics |= {f"skipped/{name}": count for name, count in progress.lost.items()}
         self._monitor.log(self._name, progress.step, metrics)
         shown = "no labels" if loss is None else f"loss {loss:.3f}"
-        self._monitor.advance(progress.position(self._stage), f"{shown}  {tokens / seconds:,.0f} tok/s")
+        speed = f"{metrics['tokens_per_s']:,.0f} tok/s  data wait {metrics['data_wait_share']:.0%}"
+        self._monitor.advance(progress.position(self._stage), f"{shown}  {speed}")
         self._check_losses_of_samples(progress)
         window.reset()
 

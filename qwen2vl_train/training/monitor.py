@@ -1,4 +1,4 @@
-"""What a person watches: one line of JSON per log, the same figures in wandb, a progress bar on a terminal.
+"""What a person watches: one line of JSON per log, the same figures in wandb, a progress bar on a terminal, lines else.
 
 Only rank 0 has a live monitor; the others hold a silent one, so the trainer calls it unconditionally.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from qwen2vl_train.training.clock import RunClock
 from qwen2vl_train.training.shown import Shown
 from qwen2vl_train.training.tracker import Tracker
 
+_LINE_S = 30.0
+
 
 class Monitor:
     """Writes `metrics.jsonl` in the run's folder, wandb, and the console. `active=False` makes every call silent."""
@@ -30,6 +34,7 @@ class Monitor:
         self._path = run_dir / "metrics.jsonl"
         self._progress: Progress | None = None
         self._task: Any = None
+        self._lines: _Lines | None = None
         self._active = active
         self._told_of_disk = False
         self.clock = RunClock(run_dir)
@@ -87,9 +92,11 @@ class Monitor:
             self._tracker.show(stage, samples)
 
     def start_progress(self, description: str, total: int, done: int = 0) -> None:
-        """Open a progress bar (on a terminal only) of `total` steps."""
+        """Open a progress bar of `total` steps; in a log file, a line now and then."""
         self.stop_progress()
-        if self._active and self.console.is_terminal:
+        if self._active and not self.console.is_terminal:
+            self._lines = _Lines(self.console, description.strip(), total, done)
+        elif self._active:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             tail = (TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
             self._progress = Progress(*columns, *tail, console=self.console)
@@ -97,12 +104,17 @@ class Monitor:
             self._progress.start()
 
     def advance(self, done: int, note: str = "") -> None:
-        """Set the progress bar to `done` steps with a short note beside it."""
+        """Set the progress to `done` steps with a short note beside it."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
+        if self._lines is not None:
+            self._lines.advance(done, note)
 
     def stop_progress(self) -> None:
-        """Close the progress bar."""
+        """Close the progress bar, or say the last line."""
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -112,6 +124,37 @@ class Monitor:
         self.stop_progress()
         if self._tracker is not None:
             self._tracker.close(failed)
+
+
+class _Lines:
+    """Progress for a log file: a line at most every `_LINE_S` seconds, the first and the last always.
+
+    "vision  120 of 1,000  loss 2.345  9,876 tok/s  data wait 3%  0:12:30 left"
+    """
+
+    def __init__(self, console: Console, description: str, total: int, done: int) -> None:
+        self._console, self._description, self._total = console, description, total
+        self._first, self._start = done, time.monotonic()
+        self._due = self._start
+        self._unsaid: str | None = None
+
+    def advance(self, done: int, note: str) -> None:
+        """Say it if a line is due."""
+        now = time.monotonic()
+        words = [self._description, f"{done:,} of {self._total:,}", note]
+        if self._first < done < self._total:
+            left_s = (now - self._start) * (self._total - done) / (done - self._first)
+            words.append(f"{timedelta(seconds=round(left_s))} left")
+        self._unsaid = "  ".join(filter(None, words))
+        if now >= self._due or done >= self._total:
+            self._due = now + _LINE_S
+            self.close()
+
+    def close(self) -> None:
+        """Say what has not been said yet."""
+        if self._unsaid is not None:
+            self._console.print(self._unsaid, markup=False, highlight=False, soft_wrap=True)
+        self._unsaid = None
 
 
 def _finite(value: Any) -> Any:

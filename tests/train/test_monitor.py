@@ -11,6 +11,7 @@ import pytest
 
 from qwen2vl_train.config import MonitorConfig
 from qwen2vl_train.sections import section_of
+from qwen2vl_train.training import monitor as monitor_module
 from qwen2vl_train.training import tracker
 from qwen2vl_train.training.monitor import Monitor
 
@@ -71,6 +72,37 @@ def test_a_silent_monitor_writes_nothing(tmp_path):
     silent.describe("vision", "parameters", {})
     silent.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_file_shows_the_first_and_the_last_of_the_progress_and_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    """A resumed stage of 1,000 steps at 2 s a step; a log every 10 steps, 20 s."""
+    now = [0.0]
+    monkeypatch.setattr(monitor_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monitor = Monitor(tmp_path, MonitorConfig("disabled"), {}, active=True)
+    monitor.start_progress("    vision", 1000, done=900)
+    for step in range(910, 970, 10):
+        now[0] += 20
+        monitor.advance(step, f"loss {step / 1000:.3f}  99 tok/s  data wait 3%")
+    monitor.stop_progress()
+    assert capsys.readouterr().out.splitlines() == [
+        "vision  910 of 1,000  loss 0.910  99 tok/s  data wait 3%  0:03:00 left",
+        "vision  930 of 1,000  loss 0.930  99 tok/s  data wait 3%  0:02:20 left",
+        "vision  950 of 1,000  loss 0.950  99 tok/s  data wait 3%  0:01:40 left",
+        "vision  960 of 1,000  loss 0.960  99 tok/s  data wait 3%  0:01:20 left",
+    ]
+    monitor.start_progress("vision eval", 2)
+    for done in (0, 1, 2):
+        monitor.advance(done)
+    monitor.stop_progress()
+    assert capsys.readouterr().out.splitlines() == ["vision eval  0 of 2", "vision eval  2 of 2"]
+
+
+def test_a_rank_that_is_not_watched_says_nothing_of_its_progress(tmp_path, capsys):
+    silent = Monitor(tmp_path, MonitorConfig("disabled"), {}, active=False)
+    silent.start_progress("vision", 10)
+    silent.advance(10)
+    silent.stop_progress()
+    assert capsys.readouterr().out == ""
 
 
 def test_charts_are_grouped_by_what_they_show():
