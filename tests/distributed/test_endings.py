@@ -182,3 +182,21 @@ def test_a_rank_that_fails_in_an_evaluation_ends_the_others(tmp_path):
     ended = time.monotonic()
     assert first.communicate(timeout=60)[1].rstrip().endswith("error (rank 1): RuntimeError: the cause")
     assert time.monotonic() - ended < 30
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_an_evaluation_is_named_with_the_samples_it_answers():
+    code = (
+        "import sys, time; from qwen2vl_train import cli; from qwen2vl_train.evaluation import runner\n"
+        "def evaluate(model, heldout, data, config, world, scored, at):\n"
+        "    scored(1)\n"
+        "    at[:] = ['key-7']\n"
+        "    time.sleep(1000)\n"
+        "runner.evaluate = evaluate\n"
+        "sys.exit(cli.main(['evaluate', 'x', 'experiment=demo', 'watchdog={stall_s: 3, save_s: 3}']))"
+    )
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 76, ended.stderr
+    assert "It was at: evaluating, 1 sets done\nsamples: key-7\n" in ended.stderr
+    assert "in evaluate" in ended.stderr

@@ -61,6 +61,20 @@ def test_a_hanging_rank_is_named_with_its_activity_samples_and_stack(tmp_path, k
     assert "rank 1 holds up the others" in closing
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "activity", "place"),
+    [("save", "writing the checkpoint of step 2", "in save"), ("export", "exporting main", "in export")],
+)
+def test_a_rank_that_hangs_outside_the_steps_is_named(tmp_path, kind, activity, place):
+    limits = {"stall_s": 20, "save_s": 25}
+    finished = train(2, tmp_path, steps=2, packs=4, fault={"kind": kind, "rank": 1}, watchdog=limits)
+    assert finished.returncode != 0
+    assert f"rank 1 holds up the others. It was at: {activity}\n" in finished.stderr
+    assert "rank 0 holds up" not in finished.stderr
+    assert place in finished.stderr
+
+
 def test_an_exception_on_one_rank_ends_the_others_and_is_said_last(tmp_path):
     folder = tmp_path / "run"
     process = start_training(2, folder, steps=99, packs=4, fault={"kind": "raise", "rank": 1, "step": 2})

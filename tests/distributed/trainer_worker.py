@@ -11,6 +11,7 @@ Usage (under torchrun): trainer_worker RUN_DIR OPTIONS.json   Keys of the option
     bad_packs: {number: "loss" | "gradient" | "spike"}   guard, watchdog: fields of their configurations
     leave_out: numbers of steps (from 0) whose packs the loader passes over
     fault: {"kind": "data" | "forward" | "stop" | "term" | "raise", "rank": r, "step": s}
+        or {"kind": "save" | "export", "rank": r}: that rank hangs there
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def faulty_forward(options: dict, world: World, packs_per_step: int):
     plain = Qwen2VL.forward
 
     def forward(self, batch):
-        here = fault and (fault["rank"], fault["step"]) == (world.rank, batch.number // packs_per_step)
+        here = fault and (fault["rank"], fault.get("step")) == (world.rank, batch.number // packs_per_step)
         if here and fault["kind"] == "forward":
             time.sleep(1000)
         if here and fault["kind"] == "stop":
@@ -221,9 +222,15 @@ def main() -> int:
 
         CheckpointStore._write_mine = write_late
 
+    fault = options.get("fault", {})
+    hangs = fault["kind"] if fault.get("rank") == world.rank else ""
+    if hangs == "save":
+        CheckpointStore._summarise_mine = lambda store, aside: time.sleep(1000)
+
     export_model = trainer_module.export_model
 
     def export(tensors, *arguments) -> None:
+        time.sleep(1000 if hangs == "export" else 0)
         if "tokenizer" in options:
             export_model(slowly(tensors, options["tensor_s"]), *arguments)
             return
