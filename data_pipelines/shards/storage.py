@@ -166,7 +166,19 @@ def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = R
             found.update(matches)
     if not found:
         raise ShardError(named, "no_shards", "names no shards: give paths or globs of tar files")
-    return sorted(found)
+    return _each_once(sorted(found))
+
+
+def _each_once(shards: Sequence[str]) -> list[str]:
+    """`shards` without those that another spelling of the same folder names again: both would be read every epoch."""
+    folders: dict[str, str] = {}
+    first: dict[tuple[str, str], str] = {}
+    for shard in shards:
+        folder, name = ("", shard) if is_remote(shard) else os.path.split(file_of(shard))
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        first.setdefault((folders[folder], f"{name}{split_name(shard)[1]}"), shard)
+    return list(first.values())
 
 
 def _matches(path: str, remote: RemoteConfig) -> list[str]:

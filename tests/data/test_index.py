@@ -9,6 +9,7 @@ import tarfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_a_cut_or_foreign_side_file_is_refused(tmp_path):
         (tmp_path / "d").write_bytes(content)
         with pytest.raises(ColumnError):
             Columns(tmp_path / "d")
+
+
+def test_a_shard_that_two_patterns_spell_otherwise_is_read_once(tmp_path):
+    """It was read twice an epoch."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for name in ("x.tar", "y.tar"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    patterns = [f"{tmp_path}/a/*.tar", f"{tmp_path}/a/../a/x.tar", f"{tmp_path}/link/y.tar"]
+    assert [Path(shard).name for shard in expand_shards("s", patterns)] == ["x.tar", "y.tar"]
 
 
 def test_media_stand_in_document_order_with_their_limits(source):
