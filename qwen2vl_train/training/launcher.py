@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,12 @@ def find_launcher() -> Launcher | None:
     return Launcher(names[0], os.getppid()) if names else None
 
 
-def leave_for_torchrun(text: str, time_s: float) -> None:
-    """Write torchrun's error file in the form of its ErrorHandler; nothing without torchrun.
+def leave_for_torchrun(text: str, time_s: float, environment: Mapping[str, str] = os.environ) -> None:
+    """Write torchrun's error file of the rank with this `environment`, as its ErrorHandler does; without torchrun none.
 
     Of several ranks' texts torchrun shows the one with the earliest `time_s`, in whole seconds since 1970.
     """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    path = environment.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": text, "timestamp": str(int(time_s))}
         with suppress(OSError):  # whole, because torchrun may read it at any moment

@@ -238,7 +238,7 @@ class Watchdog:
             self._ask(lambda: store.set("reported", text))
         else:
             text = self._ask(lambda: store.get("reported").decode())  # waits for it
-        _end_here([beats[rank] for rank in silent & set(beats)])
+        _end_here([beats[rank] for rank in silent & set(beats)], text)
         self._end_process(text, say=speaker == self._world.rank)
 
     def _end_process(self, report: str, say: bool = True) -> NoReturn:
@@ -295,13 +295,15 @@ class Watchdog:
         return {rank: Beat(**fields | {"keys": tuple(fields["keys"])}) for rank, fields in beats.items()}
 
 
-def _end_here(silent: Sequence[Beat]) -> None:
+def _end_here(silent: Sequence[Beat], text: str) -> None:
     """End the silent ranks of this host, which can do nothing themselves any more; those of others, ranks over there.
 
-    SIGALRM lets one whose C code holds the interpreter write its stacks; SIGKILL ends stopped processes, too.
+    SIGALRM lets one whose C code holds the interpreter write its stacks; SIGKILL ends stopped processes, too. Either
+    way torchrun may see it end before this rank, and closes with what it finds then: `text`, left in its place.
     """
-    here = [beat for beat in silent if beat.host == socket.gethostname()]
+    here = [beat for beat in silent if beat.host == socket.gethostname() and _environment(beat)]
     for beat in here:
+        leave_for_torchrun(text, time.time(), _environment(beat))
         _signal(beat, signal.SIGALRM)
     if here:
         time.sleep(_STACKS_S)
@@ -309,10 +311,20 @@ def _end_here(silent: Sequence[Beat]) -> None:
         _signal(beat, signal.SIGKILL)
 
 
-def _signal(beat: Beat, number: signal.Signals) -> None:
+def _environment(beat: Beat) -> dict[str, str]:
+    """The variables a rank was started with; none of another process with its number, or of one that is gone."""
+    found: dict[str, str] = {}
     with suppress(OSError):  # it is gone, or not ours
-        # another container may share this host's name and use the number for something else
-        if f"RANK={beat.rank}".encode() in Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0"):
+        for entry in Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0"):
+            name, _, value = os.fsdecode(entry).partition("=")
+            found[name] = value
+    # another container may share this host's name and use the number for something else
+    return found if found.get("RANK") == str(beat.rank) else {}
+
+
+def _signal(beat: Beat, number: signal.Signals) -> None:
+    if _environment(beat):
+        with suppress(OSError):
             os.kill(beat.pid, number)
 
 

@@ -15,10 +15,10 @@ def test_the_command_counts_samples_tokens_and_what_would_be_left_out(tiny, caps
     shown = capsys.readouterr().out
     assert "3 shards" in shown
     assert "20 (caption 20)" in shown
-    assert main([*words, "--max-patches", "20"]) == 1
+    assert main([*words, "--max-tokens", "12"]) == 1
     shown = capsys.readouterr().out
     assert "do not fit" in shown
-    assert "it needs max_patches=" in " ".join(shown.split())
+    assert "it needs max_tokens=" in " ".join(shown.split())
 
 
 def test_a_pattern_without_shards_ends_in_one_line(tmp_path, capsys):

@@ -350,8 +350,9 @@ def test_remote_shards_on_the_roll_open_with_two_requests_each(tiny, server, rem
     again = PackLoader(config, tiny.tokenizer, 4, 0, 1, seed=0)
     heads = faults.requests["HEAD", "whole"]
     assert again.state_dict() == expected
-    # of five shards: what is to be built, and what is in them; and one for each pattern's folder
-    assert heads == faults.requests["HEAD", "whole"] == 5 * 2 + 2
+    # of five shards: what is to be built, and what is in them; one for each pattern's folder; and, of up to 16 shards
+    # of a source, the two side files that tell whether its samples fit a pack
+    assert heads == faults.requests["HEAD", "whole"] == 5 * 2 + 2 + 5 * 2
     for path in (tmp_path / "www").glob("texts-*.tar"):
         path.write_bytes(next(tiny.folder.glob("texts-00000.tar")).read_bytes())
     faults.etag = '"2"'
