@@ -52,7 +52,15 @@ def one_process(trainable: str) -> dict:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("trainable", ["vit,merger", "vit,merger,llm", "llm"], ids=["stage 1", "stage 2", "stage 3"])
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        pytest.param("vit,merger", marks=pytest.mark.slow),
+        "vit,merger,llm",
+        pytest.param("llm", marks=pytest.mark.slow),
+    ],
+    ids=["stage 1", "stage 2", "stage 3"],
+)
 def test_two_ranks_under_zero3_equal_one_process(tmp_path, trainable):
     """Rank 0 sees text alone and clips, rank 1 stills and packs without a label; nothing outlives the closed engine."""
     out = tmp_path / "two.pt"
