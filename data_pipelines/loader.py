@@ -23,12 +23,11 @@ from data_pipelines.index.build import Counting, build_missing
 from data_pipelines.index.progress import Progress
 from data_pipelines.index.source import SourceIndex
 from data_pipelines.ledger import LOSSLESS
-from data_pipelines.pack.feed import STALL_DEADLINES
 from data_pipelines.pack.plan_process import PlannedStep, PlanProcess
 from data_pipelines.pack.prefetch import InProcess, batches_of
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.slots import packs_ahead, slot_bytes
-from data_pipelines.pack.workers import NameSample, NameShards, WorkerPool
+from data_pipelines.pack.workers import STALL_DEADLINES, NameSample, NameShards, WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
 from data_pipelines.plan.lengths import count_usable, fit_of_some

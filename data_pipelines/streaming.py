@@ -27,12 +27,12 @@ from data_pipelines.loader import (
     open_pool,
     source_facts,
 )
-from data_pipelines.pack.feed import STALL_DEADLINES, Watch
+from data_pipelines.pack.feed import Watch
 from data_pipelines.pack.prefetch import InProcess, batches_of
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.slots import slot_bytes
 from data_pipelines.pack.stream_process import StreamProcess
-from data_pipelines.pack.workers import WorkerPool
+from data_pipelines.pack.workers import STALL_DEADLINES, WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.mixture import shares_at
 from data_pipelines.plan.planner import Pack

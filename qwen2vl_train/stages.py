@@ -159,8 +159,9 @@ def _run_stage(
         world.from_main(lambda: _leave_course(run, name, resume))
     elif run.resume != "auto" and world.restarted:
         monitor.console.print(f"{name}: started again by the launcher, so it goes on as with resume=auto")
+    finished = world.from_main(lambda: _is_finished(folder))
     world.from_main(lambda: keep_settings(run, name, resume, world.size // run.engine.sequence_parallel))
-    if world.from_main(lambda: result.is_file() and (folder / "export" / "config.json").is_file()):
+    if finished:
         monitor.console.print(f"{name}: finished before, figures in {result}", highlight=False, soft_wrap=True)
         return False
     stop.obey(world, f"before {name}")
@@ -169,7 +170,6 @@ def _run_stage(
     tokenizer = TextTokenizer(run.data.tokenizer)
     if init is not None:
         world.from_main(lambda: refuse_other_model(init, name, config, tokenizer, monitor.warn))
-    world.from_main(lambda: result.unlink(missing_ok=True))  # its export is gone: this course has no result yet
     length = f"{stage.tokens:,} tokens in steps" if stage.tokens else f"{stage.steps} steps"
     monitor.console.print(
         f"[bold]{name}[/bold]: trains {', '.join(stage.trainable)} for {length} of {stage.packs_per_step} packs "
@@ -180,7 +180,7 @@ def _run_stage(
     index_data(name, stage.data, tokenizer, monitor)
     stop.obey(world, f"before {name}, its shards indexed")  # ranks meet before limits count again
     origin = world.from_main(lambda: {"settings": settings_of(run, name), "revision": _git_revision()})
-    progress = Trainer(run, name, init, config, world, monitor, resume, origin).fit(stop, watchdog)
+    progress, kept = Trainer(run, name, init, config, world, monitor, resume, origin).fit(stop, watchdog)
     report = Report({}, {}, [])
     if stage.evaluate and run.data.heldout:
         sets, at = len(run.data.heldout), list[str]()
@@ -189,7 +189,7 @@ def _run_stage(
             """Told before the first held-out set and after each."""
             monitor.advance(count)
             if count < sets:
-                stop.obey(world, f"in the evaluation of {name}, {count} of {sets} held-out sets done")
+                stop.obey(world, f"in the evaluation of {name}, {count} of {sets} held-out sets done", kept)
             watchdog.note(f"evaluating {name}, {count} sets done", lambda: at, limit_s=run.watchdog.save_s)
 
         monitor.start_progress(f"{name} eval", sets)
@@ -202,14 +202,22 @@ def _run_stage(
     return True
 
 
+def _is_finished(folder: Path) -> bool:
+    """Whether the stage in `folder` is done. A result without its export goes: this course has none yet."""
+    if (folder / "export" / "config.json").is_file():
+        return (folder / "result.json").is_file()
+    (folder / "result.json").unlink(missing_ok=True)
+    return False
+
+
 def _leave_course(run: RunConfig, name: str, resume: str) -> None:
     """Remove what stage `name` left on a course that is not gone on with; before a checkpoint, it is the same one."""
     initial_weights(run, name)  # raises while nothing is lost
     folder = Path(run.run_dir) / name
-    stale = ["result.json", "stall.txt"]
+    stale = ["result.json"]
     if resume == "none":
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        stale += ["ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl", "stacks-rank*.txt"]
+        stale += ["ledger-rank*.jsonl", "skipped_updates.jsonl", "spikes.jsonl"]
     for path in [path for form in stale for path in folder.glob(form)]:
         path.unlink()
 

@@ -30,8 +30,6 @@ AnyItem = TypeVar("AnyItem")
 # A sign of life of the process, with what it is at.
 Watch = Callable[[str], None]
 
-# Of `loader.sample_timeout_s`, which by default makes it less than `watchdog.stall_s`: one hang is mended before that.
-STALL_DEADLINES = 2
 _POLL_S = 1.0
 _KILL_S = 10.0  # as a worker's: a killed process that hangs in the kernel is left to it
 _MAX_DEATHS_IN_A_ROW = 3

@@ -52,7 +52,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 1.0
 _MAX_DEATHS_OUTSIDE_SAMPLES = 3
 _MAX_STALLS = 1
-_STALL_DEADLINES = 4  # shards are fetched before the first sample: without a byte for so long, the worker is stuck
+# Of `loader.sample_timeout_s`: so long without a byte of the shards or another sign of life, a process is stuck. By
+# default less than `watchdog.stall_s`, so that one hang is mended before that.
+STALL_DEADLINES = 2
 _KILL_S = 10.0  # a killed process that hangs in the kernel stays until its device answers: it is left to that
 IDLE, PREPARING = -1, -2  # items that are no sample: nothing to do, or before the first sample
 
@@ -239,7 +241,7 @@ class WorkerPool:
     def _late_at(self, number: int) -> tuple[int, int] | None:
         """The (pack, item) at which worker `number` is over its deadline; None: it is in time."""
         at = pack_number, item, since = [int(value) for value in self._at[number]]
-        deadlines = {IDLE: float("inf"), PREPARING: _STALL_DEADLINES * self._sample_timeout_s}
+        deadlines = {IDLE: float("inf"), PREPARING: STALL_DEADLINES * self._sample_timeout_s}
         late = time.monotonic_ns() - since > deadlines.get(item, self._sample_timeout_s) * 1e9
         # Read again: the worker writes its place while we read it.
         return (pack_number, item) if late and [int(value) for value in self._at[number]] == at else None
@@ -288,7 +290,7 @@ class WorkerPool:
 
     def _note_stall(self, pack: Pack, stalls: int) -> Pack:
         """The pack to be made again after a worker that reached no sample of it in time."""
-        waited = f"within {_STALL_DEADLINES} x sample_timeout_s={self._sample_timeout_s:g}"
+        waited = f"within {STALL_DEADLINES} x sample_timeout_s={self._sample_timeout_s:g}"
         if stalls > _MAX_STALLS:
             message = (
                 f"no worker could begin pack {pack.number} {waited}, in {stalls} tries: does their storage answer?"

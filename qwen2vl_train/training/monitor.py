@@ -75,8 +75,8 @@ class Monitor:
             self._tracker.begin_anew(stage)
         if not self._active or not self._path.exists():
             return
-        lines = read_lines(self._path)
-        kept = as_lines(line for line in lines if line.get("stage") != stage or line.get("step", 0) <= step)
+        lines = [line for line in read_lines(self._path) if isinstance(line.get("step"), int)]
+        kept = as_lines(line for line in lines if line.get("stage") != stage or line["step"] <= step)
         self._keep(lambda: write_whole(self._path, kept))
 
     def describe(self, stage: str, name: str, facts: Mapping[str, Any]) -> None:

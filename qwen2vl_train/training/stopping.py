@@ -25,6 +25,10 @@ EXIT_UNSAVED = 74
 EXIT_PREEMPTED = 75
 EXIT_STALLED = 76
 
+UNSAVED = (
+    "its checkpoint could not be written (see above), so the steps since the last one are lost: make room, then start "
+    "the same command again"
+)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -70,14 +74,17 @@ class StopRequest:
         """
         self._previous = dict.fromkeys(_SIGNALS, signal.SIG_IGN)
 
-    def obey(self, world: World, where: str) -> None:
-        """End the run here if any rank was asked to stop. Collective.
+    def obey(self, world: World, where: str, saved: bool = True) -> None:
+        """End the run here if any rank was asked to stop; not `saved`, steps are lost with it. Collective.
 
         Raises:
             Preempted: on every rank; `where` completes "stopped ...".
         """
         if self.is_asked(world):
-            raise Preempted(f"stopped {where} on {self.reason}; the same command continues")
+            stopped = f"stopped {where} on {self.reason}"
+            if not saved:
+                raise Preempted(f"{stopped}; {UNSAVED}", EXIT_UNSAVED)
+            raise Preempted(f"{stopped}; the same command continues")
 
     def is_asked(self, world: World) -> bool:
         """Whether any rank was asked to stop. Collective."""

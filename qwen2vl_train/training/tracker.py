@@ -209,11 +209,19 @@ def _login(server: str) -> dict[str, str] | None:
     address = urlsplit(server)
     names = _PUBLIC if address.netloc in _PUBLIC else (address.netloc, address.hostname or "")
     try:
-        logins = netrc.netrc(os.environ.get("NETRC")).hosts
+        logins = netrc.netrc(_netrc())
     except (OSError, netrc.NetrcParseError):
         return None
-    keys = [logins[name][2] for name in names if name in logins]
-    return {"api_key": keys[0]} if keys and keys[0] else None
+    keys = [login[2] for name in names if (login := logins.authenticators(name)) and login[2]]
+    return {"api_key": keys[0]} if keys else None
+
+
+def _netrc() -> Path:
+    """Named, because Python refuses its own default where others may read it, and wandb does not."""
+    if named := os.environ.get("NETRC"):
+        return Path(named).expanduser()
+    usual = Path("~/.netrc").expanduser()
+    return usual if usual.exists() else Path("~/_netrc").expanduser()
 
 
 def _start(run_dir: Path, config: MonitorConfig, settings: Mapping[str, Any], mode: Mode) -> Any:

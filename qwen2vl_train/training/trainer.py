@@ -40,7 +40,7 @@ from qwen2vl_train.training.schedule import rate_factor
 from qwen2vl_train.training.sequence import SequenceGroup
 from qwen2vl_train.training.spikes import Spike, SpikeGuard
 from qwen2vl_train.training.step import train_step
-from qwen2vl_train.training.stopping import EXIT_UNSAVED, Preempted, StopRequest
+from qwen2vl_train.training.stopping import EXIT_UNSAVED, UNSAVED, Preempted, StopRequest
 from qwen2vl_train.training.watchdog import Watchdog
 from qwen2vl_train.training.window import Progress
 from qwen2vl_train.training.world import AgreedError, World
@@ -88,8 +88,10 @@ class Trainer:
             )
         self._accumulation = self._stage.packs_per_step // groups
 
-    def fit(self, stop: StopRequest, watchdog: Watchdog) -> Progress:
+    def fit(self, stop: StopRequest, watchdog: Watchdog) -> tuple[Progress, bool]:
         """Train to the stage's last step, resuming where the newest checkpoint left, and export. Collective.
+
+        Returns also whether the last step's checkpoint was written: the disk may have been full.
 
         Raises:
             Preempted: a signal asked to stop; the checkpoint of the step that was being done is written.
@@ -111,10 +113,7 @@ class Trainer:
                 self._publish_pending(store)
                 raise
             kept = self._world.from_main(lambda: store.holds(progress.step))
-            if kept:
-                stop.obey(self._world, f"before the export of {self._name}")
-            elif stop.is_asked(self._world):
-                raise self._farewell(stop, progress.step, None)
+            stop.obey(self._world, f"before the export of {self._name}", kept)
         except Preempted:
             engine.close()
             raise
@@ -125,7 +124,7 @@ class Trainer:
         self._export(engine, kept)
         engine.close()
         self._sequence.close()
-        return progress
+        return progress, kept
 
     def _train(
         self,
@@ -261,8 +260,7 @@ class Trainer:
         stopped = f"{self._name} stopped after step {step} on {stop.reason}"
         if path is not None:
             return Preempted(f"{stopped}; its checkpoint is {path}; the same command continues")
-        lost = "its checkpoint could not be written (see above), so the steps since the last one are lost"
-        return Preempted(f"{stopped}; {lost}: make room, then start the same command again", EXIT_UNSAVED)
+        return Preempted(f"{stopped}; {UNSAVED}", EXIT_UNSAVED)
 
     def _build_engine(self) -> Engine:
         """The model with its parts frozen by rule; under ZeRO-3 each rank makes and fills its own share only."""

@@ -150,6 +150,10 @@ class Watchdog:
         """`note` for one pack."""
         self.note(f"{activity} of pack {pack.number}", pack.keys)
 
+    def _limit(self) -> str:
+        """This rank's limit, for people."""
+        return f"{self._limit_s:.0f} s (watchdog.{'stall_s' if self._limit_s == self._stall_s else 'save_s'})"
+
     def _set_alarm(self, after_s: float) -> None:
         """End the process by SIGALRM in `after_s` seconds, whatever holds it; never where no rank counts as stalled."""
         watched = math.isfinite(self._stall_s) and math.isfinite(after_s)
@@ -186,7 +190,7 @@ class Watchdog:
             self._end_if_orphaned(None)
             if time.monotonic() - self._since > self._limit_s:
                 beat = self._look_closer(self._beat, time.monotonic() - self._since)
-                text = describe_stall({self._world.rank: beat}, set(), self._stall_s)
+                text = describe_stall({self._world.rank: beat}, set(), self._limit())
                 self._end_process(
                     f"{text}\nThe store at {os.environ['MASTER_ADDR']} does not answer: look there first."
                 )
@@ -231,10 +235,12 @@ class Watchdog:
         silent |= set(range(self._world.size)) - set(beats)
         speaker = min((rank for rank in beats if rank not in silent), default=self._world.rank)
         if speaker == self._world.rank:
-            text = describe_stall(beats, silent, self._stall_s)
+            text = describe_stall(beats, silent, self._limit())
             if self._folder is not None:
-                with suppress(OSError), (self._folder / "stall.txt").open("a") as file:
-                    file.write(f"{text}\n")
+                with suppress(OSError):
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    with (self._folder / "stall.txt").open("a") as file:
+                        file.write(f"{text}\n")
             self._ask(lambda: store.set("reported", text))
         else:
             text = self._ask(lambda: store.get("reported").decode())  # waits for it
@@ -340,10 +346,10 @@ def find_stalled(beats: dict[int, Beat], silent: set[int]) -> list[int]:
     return [rank for rank in last if not beats[rank].in_collective] or last
 
 
-def describe_stall(beats: dict[int, Beat], silent: set[int], stall_s: float) -> str:
-    """The report: every rank in a line, then the stalled ones with keys and stack."""
+def describe_stall(beats: dict[int, Beat], silent: set[int], limit: str) -> str:
+    """The report of `limit` being over: every rank in a line, then the stalled ones with keys and stack."""
     stalled = find_stalled(beats, silent)
-    lines = [f"\nSTALLED: no progress within {stall_s:.0f} s (watchdog.stall_s). Every rank's last note:"]
+    lines = [f"\nSTALLED: no progress within {limit}. Every rank's last note:"]
     for rank, beat in sorted(beats.items()):
         mark = "sends nothing any more" if rank in silent else f"for {beat.still_s:.0f} s"
         lines.append(f"  rank {rank} ({beat.host}, process {beat.pid}): {beat.activity}, {mark}")

@@ -33,8 +33,8 @@ def test_among_equals_it_is_the_one_outside_a_collective():
 def test_a_silent_rank_comes_first():
     beats = {0: beat(0, 3), 1: beat(1, 5)}
     assert find_stalled(beats, {1}) == [1]
-    assert "rank 1 holds up the others: its process is stopped" in describe_stall(beats, {1}, 10)
-    assert "rank 2: never sent anything" in describe_stall(beats, {2}, 10)
+    assert "rank 1 holds up the others: its process is stopped" in describe_stall(beats, {1}, "10 s")
+    assert "rank 2: never sent anything" in describe_stall(beats, {2}, "10 s")
 
 
 @pytest.mark.parametrize(

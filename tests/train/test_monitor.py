@@ -34,7 +34,7 @@ def test_a_resumed_stage_forgets_its_later_lines_and_a_half_line_only(tmp_path, 
     for stage, step in (("vision", 1), ("vision", 2), ("multitask", 9), ("vision", 3)):
         monitor.log(stage, step, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "vision", "st')
+        file.write('{"stage": "vision", "step": null}\n{"stage": "vision", "st')
     monitor.forget_after("vision", 2)
     assert [(line["stage"], line["step"]) for line in lines(tmp_path)] == [
         ("vision", 1),

@@ -32,6 +32,7 @@ from qwen2vl_train.training.kept import write_json
 from qwen2vl_train.training.lock import RunLock
 from qwen2vl_train.training.manifest import checksum
 from qwen2vl_train.training.restart import is_restart, job
+from qwen2vl_train.training.stopping import Preempted, StopRequest
 from qwen2vl_train.training.world import World
 
 
@@ -226,7 +227,7 @@ def test_ranks_of_one_job_are_told_by_their_launchers(monkeypatch):
 
 def test_a_stage_that_starts_anew_leaves_nothing_of_the_old_course_unless_it_cannot_start(tmp_path):
     folder = tmp_path / "vision"
-    names = ("result.json", "stall.txt", "ledger-rank0.jsonl", "spikes.jsonl", "skipped_updates.jsonl")
+    names = ("result.json", "ledger-rank0.jsonl", "spikes.jsonl", "skipped_updates.jsonl")
     checkpoint(tmp_path, "vision")
     for name in names:
         (folder / name).write_text("")
@@ -264,6 +265,30 @@ def test_a_stage_whose_export_is_gone_is_trained_again_without_its_old_result(tm
     write_json(folder / "export" / "config.json", {})
     assert not _run_stage(demo(tmp_path), "language", ModelConfig(), alone, monitor, stop, watchdog)
     assert (folder / "result.json").is_file()
+
+
+def test_a_stop_in_the_evaluation_says_whether_the_last_steps_are_lost(tmp_path, monkeypatch):
+    """A full disk kept the last step's checkpoint away: started again by itself, the run would lose the same steps."""
+    monkeypatch.setattr(stages, "TextTokenizer", lambda _: None)
+    monkeypatch.setattr(stages, "index_data", lambda *_: None)
+    monkeypatch.setattr(stages, "evaluate", lambda *arguments: pytest.fail("it was asked to stop before"))
+    monitor = SimpleNamespace(console=Console(quiet=True), start_progress=lambda *_: None, advance=lambda *_: None)
+    alone = SimpleNamespace(
+        size=1, restarted=False, device=torch.device("cpu"), from_main=lambda work: work(), sum=lambda flag: flag
+    )
+    run = demo(tmp_path, "stages.language.evaluate=true")
+    watchdog = SimpleNamespace(note=lambda *_, **__: None)
+    for kept, code, words in ((True, 75, "the same command continues"), (False, 74, "make room")):
+        stop = StopRequest()
+
+        def fit(*_, stop=stop, kept=kept):
+            stop.requested = True
+            return None, kept
+
+        monkeypatch.setattr(stages, "Trainer", lambda *_, fit=fit: SimpleNamespace(fit=fit))
+        with pytest.raises(Preempted, match=f"in the evaluation of language, 0 of .* {words}") as stopped:
+            _run_stage(run, "language", ModelConfig(), alone, monitor, stop, watchdog)
+        assert stopped.value.code == code
 
 
 def test_a_page_that_cannot_be_made_does_not_fail_a_finished_run(tmp_path, monkeypatch):

@@ -122,6 +122,18 @@ def test_the_public_server_is_one_under_its_two_names(environment):
     assert tracker._login("https://wandb.example.org") is None
 
 
+def test_a_netrc_that_others_may_read_counts_as_it_does_for_wandb(monkeypatch, tmp_path):
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tracker._login("https://api.wandb.ai") is None
+    usual = tmp_path / ".netrc"
+    usual.write_text(f"default login user password {KEY}\n")
+    usual.chmod(0o644)
+    assert tracker._login("https://api.wandb.ai") == {"api_key": KEY}
+    usual.rename(tmp_path / "_netrc")
+    assert tracker._login("https://api.wandb.ai") == {"api_key": KEY}
+
+
 def test_the_environments_old_word_for_offline_is_understood(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
