@@ -51,8 +51,8 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name:28} {rate:8.1f} images/s per core")
     clip_rates = measure_clips(clips, args.seconds)
-    for name, rate in clip_rates.items():
-        print(f"{name:28} {'not installed' if rate is None else f'{rate:8.1f} clip seconds per CPU second'}")
+    for name, seconds in clip_rates.items():
+        print(f"{name:28} {'not installed' if seconds is None else f'{seconds:8.1f} clip seconds per CPU second'}")
     fast = rates.get("transformers, torchvision")
     summary = {
         "ratio_hf_pillow": round(rates["this project"] / rates["transformers, Pillow"], 2),

@@ -217,7 +217,7 @@ def main_seconds_per_step(ranks: int = 1024, steps: int = 8) -> float:
         planner.load_state_dict(state)
         return planned_steps(planner, ranks)
 
-    process = PlanProcess(steps_behind, planner.state_dict())
+    process = PlanProcess(steps_behind, planner.state_dict(), stall_s=600)
     times = []
     for _ in range(steps):
         start = time.process_time()

@@ -6,5 +6,5 @@ set -euo pipefail
 
 ruff format --check .
 ruff check .
-mypy data_pipelines qwen2vl_train
+mypy
 exec python -m pytest -m "not gpu and not slow" "$@"
