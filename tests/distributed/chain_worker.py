@@ -32,11 +32,11 @@ def main() -> int:
         def __init__(self, run, name, init, config, *others) -> None:
             self._name, self._export, self._config = name, Path(run.run_dir) / name / "export", config
 
-        def fit(self, stop, watchdog) -> Progress:
+        def fit(self, stop, watchdog) -> tuple[Progress, bool]:
             begin(f"fits {self._name}")
             self._export.mkdir(parents=True, exist_ok=True)
             (self._export / "config.json").write_text(json.dumps(self._config.to_hf()))
-            return Progress(step=1)
+            return Progress(step=1), True
 
     def evaluate(model, heldout, data, config, world, scored, at) -> Report:
         begin(f"scores {model.parent.name}")
