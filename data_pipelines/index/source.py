@@ -163,10 +163,10 @@ class SourceIndex:
         ranges = []
         for shard, row in samples:
             if is_remote(self.shards[shard]):
-                members = self.table(shard).index.members(row).values()
-                start = max(0, min(member.offset for member in members) - BLOCK)  # a line has no header before it
-                end = max(member.offset + member.size for member in members)
                 with suppress(ShardError):  # told when the sample is read
+                    members = self.table(shard).index.members(row).values()
+                    start = max(0, min(member.offset for member in members) - BLOCK)  # a line has no header before it
+                    end = max(member.offset + member.size for member in members)
                     ranges.append((self._files.get(self.shards[shard]), start, end - start))
         if ranges:
             fetch_ranges(ranges, self.remote, progress)

@@ -258,6 +258,8 @@ class _Cursor:
         self._place = self._order.place
         try:
             block = self._order.next_block()
+        except ShardError:
+            raise  # a shard that cannot be opened, told as such
         except UserError as error:
             raise nothing_usable(self._source.name, self._events) from error
         table = self._source.table(block.shard)

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -342,3 +344,14 @@ def test_what_the_index_left_out_is_told_once_an_epoch(tiny, tmp_path):
     events = [event for _ in range(9) for event in plan.next_pack().events]
     assert {(event.dataset, event.key, event.reason) for event in events} == {("mixed", "bad", "no_messages")}
     assert len(events) == 4  # 9 packs of one sample and one in the pool: epochs 0, 1, 2 and 3
+
+
+def test_a_shard_that_is_gone_when_its_turn_comes_is_told_as_such(tiny, tmp_path):
+    paths = [Path(shutil.copy(path, tmp_path)) for path in tiny.folder.glob("pictures-*.tar")]
+    config = replace(tiny.config(), sources={"pictures": SourceConfig((f"{tmp_path}/*.tar",))})
+    open_sources(config, tiny.tokenizer)  # indexed, and on the roll
+    plan = new_planner(config, open_sources(config, tiny.tokenizer), 0)
+    for path in paths:
+        path.unlink()
+    with pytest.raises(ShardError, match=r"pictures-0000\d\.tar"):
+        plan.next_pack()
