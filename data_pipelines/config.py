@@ -13,7 +13,7 @@ Positions = Literal["mrope", "1d"]
 # What one record, and one picture or clip as stored, may take: refused before it is read, wherever it lies.
 MAX_RECORD_BYTES = 64 << 20
 MAX_MEDIA_BYTES = 1 << 30
-MAX_POOL = 4096  # open samples: their state stays under 64 KB
+MAX_POOL = 4096  # open samples of all kinds together: their state stays under 64 KB
 
 
 @dataclass(frozen=True)

@@ -101,12 +101,14 @@ def _what_fits(text_tokens: int, num_media: int, media_tokens: int, config: Medi
     needs += [media_limits] if num_media > config.max_media_tokens else []
     shrunk = ""
     if least < whole:
-        larger = f" and max_media_tokens={media_tokens}" if media_tokens > config.max_media_tokens else ""
+        patches = PATCHES_PER_TOKEN * media_tokens
+        larger = f", max_media_tokens={media_tokens} and max_patches={patches}"
+        larger = larger if media_tokens > config.max_media_tokens else ""
         shrunk = f" with its media shrunk to a token each (max_tokens={whole}{larger} as they are)"
     return (
         f"{text_tokens} text tokens and {num_media} media items do not fit in max_tokens={max_tokens} "
-        f"(max_media_tokens={config.max_media_tokens}): it needs {' and '.join(needs)}{shrunk}; "
-        "raise it, or split the sample"
+        f"(and media in {config.max_media_tokens}, by max_media_tokens or max_patches / {PATCHES_PER_TOKEN}): "
+        f"it needs {' and '.join(needs)}{shrunk}; raise it, or split the sample"
     )
 
 

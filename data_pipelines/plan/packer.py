@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any, Protocol
 
+from data_pipelines.config import MAX_POOL
 from data_pipelines.plan.shelf import Item, Shelf
 
 
@@ -84,13 +85,15 @@ class TaskPacker:
 
     A pool is ready with `pool_size` items and 1.5 packs' worth of tokens. A rare kind's pool that has not got
     so far gives what it has as soon as its oldest sample has waited for 64 x `pool_size` drawn ones; in a pack that is
-    made anyway, those that waited for 8 x `pool_size` go first.
+    made anyway, those that waited for 8 x `pool_size` go first. Where all pools together hold `MAX_POOL` items (of many
+    kinds), the one with the most tokens gives a pack.
     """
 
     def __init__(
         self, max_tokens: int, max_patches: int, pool_size: int, state: Mapping[str, Any] | None = None
     ) -> None:
         self._max_tokens, self._max_patches = max_tokens, max_patches
+        self._num_open = 0
         self._ready_items, self._ready_tokens = pool_size, max_tokens + max_tokens // 2
         self._aged, self._patience = 8 * pool_size, 64 * pool_size
         self._shelves: dict[int, Shelf] = {}
@@ -115,12 +118,15 @@ class TaskPacker:
         task = self._draw_until_ready(source)
         pack = self._drain(self._shelves[task])
         self._held[task] -= sum(item.tokens for item in pack)
+        self._num_open -= len(pack)
         self._waiting.subtract(item.source for item in pack)
         return pack
 
     def _draw_until_ready(self, source: Iterator[Item]) -> int:
         oldest = min((next(iter(shelf.items)) for shelf in self._shelves.values() if shelf.items), default=self._drawn)
         while self._drawn - oldest < self._patience:
+            if self._num_open >= MAX_POOL:
+                return max(self._held, key=self._held.__getitem__)
             item = next(source)
             shelf = self._add(self._drawn, item)
             self._drawn += 1
@@ -135,6 +141,7 @@ class TaskPacker:
         shelf = self._shelves[task]
         shelf.add(arrival, item)
         self._held[task] += item.tokens
+        self._num_open += 1
         self._waiting[item.source] += 1
         return shelf
 

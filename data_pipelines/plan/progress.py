@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipelines.errors import UserError
-
 # Epoch → the shards done in it, as bits of an integer, by their places in the epoch's order.
 Done = Mapping[int, int]
 # A shard done: source, epoch, place.
@@ -49,16 +47,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Progress:
-        """What `to_json` wrote.
-
-        Raises:
-            UserError: the state is of a program that counted shards by their numbers.
-        """
-        if "places" not in state:
-            raise UserError(
-                "the stream's state counts its shards as earlier programs did: finish the stage with the program that "
-                "began it, or start it anew (resume=none)"
-            )
+        """What `to_json` wrote."""
         places = {
             int(epoch): int(rest, 16) << first | (1 << first) - 1 for epoch, (first, rest) in state["places"].items()
         }

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipelines.config import MAX_POOL
 from data_pipelines.plan.packer import PoolPacker, TaskPacker
 from data_pipelines.plan.rows import fold, unfold
 from data_pipelines.plan.shelf import Item
@@ -141,10 +142,32 @@ def test_task_packs_are_full_whatever_the_number_of_kinds(kinds, median):
     tasks = rng.integers(0, kinds, len(lengths)).tolist()
     source = (Item(0, 0, row, 0, n, 0, 0, task) for row, (n, task) in enumerate(zip(lengths, tasks, strict=True)))
     packer = TaskPacker(16384, 1 << 40, 256)
-    fills = [sum(item.tokens for item in packer.next_pack(source)) / 16384 for _ in range(120)]
+    fills = [sum(item.tokens for item in packer.next_pack(source)) / 16384 for _ in range(400)]
     assert np.mean(fills) >= 0.995
     assert np.mean(np.array(fills) < 0.98) <= 0.005
     assert len(fold(packer.state()["items"])) < 60_000
+
+
+@pytest.mark.parametrize(("kinds", "pool"), [(8, 4096), (100, 256)])
+def test_what_all_kinds_hold_together_stays_small_and_none_is_lost(kinds, pool):
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(60), 0.8, 60_000), 8, 16384).astype(int).tolist()
+    drawn = []
+
+    def draw():
+        for row, n in enumerate(lengths):
+            drawn.append(row)
+            yield Item(row % 3, row // 1000, row, 0, n, 4 * n, n * n, row % kinds)
+
+    packer, source, packed, states = TaskPacker(16384, 1 << 40, pool), draw(), [], []
+    for _ in range(100):
+        pack = packer.next_pack(source)
+        assert len({item.task for item in pack}) == 1
+        packed += [item.row for item in pack]
+        states.append(packer.state()["items"])
+    assert max(len(rows) for rows in states) <= MAX_POOL
+    assert max(len(fold(rows)) for rows in states) < 60_000
+    assert sorted(packed + [row[3] for row in states[-1]]) == drawn
 
 
 @pytest.mark.parametrize("diet", ["half clips", "clips"])

@@ -340,7 +340,7 @@ def test_the_commands_read_as_their_remote_options_say(tiny, server, tmp_path, c
     assert main([*words, "--remote-cache-mb", "1"]) == 2
 
 
-def test_remote_shards_on_the_roll_open_with_two_requests_each(tiny, server, remote, tmp_path):
+def test_remote_shards_on_the_roll_open_with_two_requests_each_and_two_for_those_tried(tiny, server, remote, tmp_path):
     address, faults = server
     for path in tiny.folder.glob("*.tar"):
         shutil.copy(path, tmp_path / "www")

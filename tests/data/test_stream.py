@@ -320,14 +320,6 @@ def test_the_state_does_not_grow_with_the_shards():
     assert sizes[1] < sizes[0] + 10 < 1000
 
 
-def test_a_state_that_counts_shards_by_number_is_refused_with_the_remedy(tiny, many):
-    loader = StreamLoader(many, tiny.tokenizer, 4, 0, 1, seed=0)
-    state = loader.state_dict()
-    state["stream"]["sources"]["many"] = {"epoch": 0, "done": {"0": "5"}}
-    with pytest.raises(ValueError, match=r"counts its shards as earlier programs did: .*start it anew"):
-        loader.load_state_dict(state)
-
-
 def test_fewer_shards_than_ranks_is_an_error_with_the_remedy(tiny):
     with pytest.raises(ValueError, match=r"source 'pictures' has 3 shards for 4 ranks: .*reader=index"):
         StreamLoader(config(tiny), tiny.tokenizer, PACKS, 0, 4, seed=0)

@@ -339,6 +339,8 @@ def test_whether_a_begun_stage_is_scored_can_change(tmp_path):
     path = tmp_path / "vision" / "settings.json"
     write_json(path, json.loads(path.read_text()) | {"stages.vision.evaluate": True})  # as releases before kept it
     refuse_other_settings(demo(tmp_path, "stages.vision.evaluate=false"), "vision")
+    with pytest.raises(ConfigError, match="seed"):
+        refuse_other_settings(demo(tmp_path, "stages.vision.evaluate=false", "seed=5"), "vision")
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 1, "sta', "\0" * 9], ids=["empty", "cut", "zeros"])
