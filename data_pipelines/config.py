@@ -13,6 +13,7 @@ Positions = Literal["mrope", "1d"]
 # What one record, and one picture or clip as stored, may take: refused before it is read, wherever it lies.
 MAX_RECORD_BYTES = 64 << 20
 MAX_MEDIA_BYTES = 1 << 30
+MAX_PAUSE_S = 30.0  # between two tries of a request
 MAX_POOL = 4096  # open samples of all kinds together: their state stays under 64 KB
 
 
@@ -158,6 +159,11 @@ class RemoteConfig:
                 f"cache_mb={self.cache_mb} holds fewer than 128 blocks of block_kb={self.block_kb}: "
                 f"set cache_mb to {-(-128 * self.block_kb // 1024)} or more, or lower block_kb"
             )
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds after which a request has come or failed for good, whatever its server does."""
+        return (self.retries + 1) * (self.timeout_s + MAX_PAUSE_S)
 
 
 @dataclass(frozen=True)

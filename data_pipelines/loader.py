@@ -12,9 +12,9 @@ A sample that fails leaves its pack and becomes a `LedgerEvent` in `batch.events
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from data_pipelines.config import DataConfig
@@ -27,14 +27,14 @@ from data_pipelines.pack.plan_process import PlannedStep, PlanProcess
 from data_pipelines.pack.prefetch import InProcess, batches_of
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.slots import packs_ahead, slot_bytes
-from data_pipelines.pack.workers import STALL_DEADLINES, NameSample, NameShards, WorkerPool
+from data_pipelines.pack.workers import NameSample, NameShards, WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.change import SourceFacts, carry_over
 from data_pipelines.plan.lengths import count_usable, fit_of_some
 from data_pipelines.plan.mixture import mixture_phases, shares_at
 from data_pipelines.plan.planner import Pack, Planner
 from data_pipelines.samples import PackedBatch
-from data_pipelines.shards.names import public_name
+from data_pipelines.shards.names import is_remote, public_name
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -42,6 +42,9 @@ STATE_VERSION = 3
 SOURCE = "source "
 _ORDER = "order of the sources"
 _SHOWN_SHARDS = 4
+# Of `loader.sample_timeout_s`: so long without a sign of life, a process is stuck. By default less than
+# `watchdog.stall_s`, so that one hang is mended before that.
+STALL_DEADLINES = 2
 # Settings of media that decide no count: how bytes become pixels, and which are refused.
 _DECODING = ("video_backend", "decode_timeout_s", "max_source_bytes", "max_source_pixels")
 
@@ -199,15 +202,16 @@ class PackLoader:
 
     def _batches(self, ahead: deque[dict[str, Any]]) -> Iterator[PackedBatch]:
         """This rank's packs without end as batches, made here or by workers; the state after each step as below."""
-        settings = self._config.loader
-        if settings.num_workers:
-            self._plan = PlanProcess(self._plan_steps, self._state, STALL_DEADLINES * settings.sample_timeout_s)
+        stall_s = stall_limit_s(self._config, chain.from_iterable(source.shards for source in self._sources))
+        if self._config.loader.num_workers:
+            self._plan = PlanProcess(self._plan_steps, self._state, stall_s)
         self._pool = open_pool(
             self._config,
             lambda watch: PackReader(self._sources, self._config, self._tokenizer, watch),
             self._name_sample,
             self._pin_memory,
-            name_shards=self._shards_of,
+            stall_s,
+            self._shards_of,
         )
         return batches_of(self._packs_of_rank(ahead), self._pool, self._plan.feed if self._plan is not None else None)
 
@@ -275,13 +279,23 @@ def check_step(config: DataConfig, packs_per_step: int, rank: int, world: int) -
         raise UserError("data.sources is empty: name at least one source with its shards")
 
 
+def stall_limit_s(config: DataConfig, shards: Iterable[str]) -> float:
+    """Seconds without a byte of `shards` or another sign of life after which a process counts as stuck.
+
+    A server's retries, which end by themselves, may take longer than a sample may.
+    """
+    stall_s = STALL_DEADLINES * config.loader.sample_timeout_s
+    return max(stall_s, config.remote.longest_s) if any(map(is_remote, shards)) else stall_s
+
+
 def open_pool(
     config: DataConfig,
     make_reader: Callable[[Callable[[int], None]], PackReader],
     name_sample: NameSample,
     pin_memory: bool,
-    room: int = 0,
+    stall_s: float,
     name_shards: NameShards = lambda pack: f"pack {pack.number}",
+    room: int = 0,
 ) -> WorkerPool | InProcess:
     """What makes the batches by `config.loader`: workers, or this process; packs bring up to `room` bytes along."""
     settings, size = config.loader, slot_bytes(config.plan.max_tokens, config.plan.max_patches)
@@ -295,6 +309,7 @@ def open_pool(
         ahead,
         size,
         settings.sample_timeout_s,
+        stall_s,
         pin_memory,
         name_shards,
         room,

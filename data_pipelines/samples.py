@@ -158,7 +158,7 @@ class Encoded:
     patches: tuple[Tensor, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LedgerEvent:
     """Something the user should know of one sample: dropped, shrunk, truncated. `dataset` is the source's name.
 

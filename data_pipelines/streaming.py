@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 from data_pipelines.config import DataConfig
@@ -26,26 +26,26 @@ from data_pipelines.loader import (
     identity_of,
     open_pool,
     source_facts,
+    stall_limit_s,
 )
 from data_pipelines.pack.feed import Watch
 from data_pipelines.pack.prefetch import InProcess, batches_of
 from data_pipelines.pack.read import PackReader
 from data_pipelines.pack.slots import slot_bytes
 from data_pipelines.pack.stream_process import StreamProcess
-from data_pipelines.pack.workers import STALL_DEADLINES, WorkerPool
+from data_pipelines.pack.workers import WorkerPool
 from data_pipelines.plan.balance import PackCost, order_by_cost
 from data_pipelines.plan.mixture import shares_at
 from data_pipelines.plan.planner import Pack
 from data_pipelines.plan.progress import Ended, Progress, Tally
 from data_pipelines.plan.stream import CountedSample, SourceStream, StreamedPack, StreamPlanner
 from data_pipelines.samples import PackedBatch, Record
-from data_pipelines.shards.names import is_remote, public_name
+from data_pipelines.shards.names import public_name
 from data_pipelines.shards.storage import expand_shards
 from data_pipelines.tokenizer import TextTokenizer
 
 # Room in a worker's slot for the stored bytes of a pack, touched only as far as they need it.
 ROOM_BYTES = 512 << 20
-_MAX_PAUSE_S = 30.0  # between two tries of a request
 
 
 class StreamLoader:
@@ -184,9 +184,9 @@ class StreamLoader:
 
     def _batches(self, ahead: deque[tuple[list[Ended], int]]) -> Iterator[PackedBatch]:
         """This rank's packs as batches, made here or by workers; what each step has done as below."""
-        config = self._config
+        config, stall_s = self._config, stall_limit_s(self._config, chain.from_iterable(self._shards.values()))
         if config.loader.num_workers:
-            self._feed = StreamProcess(self._make_planner, self._stall_s())
+            self._feed = StreamProcess(self._make_planner, stall_s)
         else:
             self._planner = self._make_planner()
         self._pool = open_pool(
@@ -194,18 +194,10 @@ class StreamLoader:
             lambda watch: _CarriedReader(self.dataset_names, config, self._tokenizer, watch),
             lambda pack, number: (self.dataset_names[pack.items[number].source], pack.samples[number].raw.key),
             self._pin_memory,
-            ROOM_BYTES,
+            stall_s,
+            room=ROOM_BYTES,
         )
         return batches_of(self._numbered_packs(ahead), self._pool, self._feed.feed if self._feed is not None else None)
-
-    def _stall_s(self) -> float:
-        """How long the stream may give no sign of life; a server's retries, which end by themselves, may take longer
-        than a sample may.
-        """
-        remote, stall_s = self._config.remote, STALL_DEADLINES * self._config.loader.sample_timeout_s
-        if any(is_remote(shard) for shards in self._shards.values() for shard in shards):
-            return max(stall_s, (remote.retries + 1) * (remote.timeout_s + _MAX_PAUSE_S))
-        return stall_s
 
     def _numbered_packs(self, ahead: deque[tuple[list[Ended], int]]) -> Iterator[StreamedPack | None]:
         """This rank's packs by their numbers in the run, None where one is not made yet; what each step has done is
@@ -226,7 +218,7 @@ class StreamLoader:
                 packs = order_by_cost(packs, self._cost)
             first = self._packs + step * self._packs_per_step + self._rank
             for slot, pack in enumerate(packs):
-                yield _within(replace(pack, number=first + slot * self._world), room)
+                yield _within(_numbered(pack, first + slot * self._world), room)
 
     def _next_pack(self) -> StreamedPack | None:
         if self._planner is not None:
@@ -281,6 +273,12 @@ class _CarriedReader(PackReader):
         for item, sample in zip(pack.items, cast(StreamedPack, pack).samples, strict=True):
             self._carried[item.source].samples[item.shard, item.row] = sample
         return super().__getitem__(pack)
+
+
+def _numbered(pack: StreamedPack, number: int) -> StreamedPack:
+    """The pack by its number in the run; events that concern no sample get the pack as their key."""
+    events = tuple(event if event.key else replace(event, key=f"pack {number}") for event in pack.events)
+    return replace(pack, number=number, events=events)
 
 
 def _within(pack: StreamedPack, room: int) -> StreamedPack:

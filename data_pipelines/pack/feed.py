@@ -43,7 +43,7 @@ class Feed(Generic[AnyItem]):
     """The items of `make_items(watch)`, which is called in a forked process: anew for every one that is replaced, so it
     begins behind the items that its caller has got so far. `doing` says, in an error, what the process does.
 
-    Raises (from `take`, `wait` and `next`):
+    Raises (from `take` and `wait`):
         UserError: as the items' own. RuntimeError: a defect, with its traceback; deaths without an item.
         ShardError: it stood still twice without an item between (reason "stalled_shard"), with what it was at.
     """
@@ -92,12 +92,6 @@ class Feed(Generic[AnyItem]):
             self._await_bytes()
         except (EOFError, OSError) as error:
             self._replace(stalled=isinstance(error, TimeoutError))
-
-    def next(self) -> tuple[AnyItem, tuple[str, ...]]:
-        """As `take`; waits for the item."""
-        while (taken := self.take()) is None:
-            self.wait()
-        return taken
 
     def under_way(self) -> list[str]:
         """What the process is at and for how long, while it is waited for. From any thread."""

@@ -36,7 +36,7 @@ PlanSteps = Callable[[dict[str, Any]], Iterator[PlannedStep]]
 class PlanProcess:
     """The steps that `plan_steps(state)` gives, made in a process of their own.
 
-    Raises (from `take` and `next_step`):
+    Raises (from `take`):
         UserError: as the planner. RuntimeError: a defect, with its traceback; deaths without a step.
         ShardError: no step in `stall_s`, twice in a row.
     """
@@ -65,12 +65,6 @@ class PlanProcess:
         key = f"pack {first.number}"
         notes = [LedgerEvent("", key, "worker_replaced", message.format(end)) for end in ends]
         return replace(step, packs=(replace(first, events=(*notes, *first.events)), *others))
-
-    def next_step(self) -> PlannedStep:
-        """The next step; waits for it where it is not there yet."""
-        while (step := self.take()) is None:
-            self.feed.wait()
-        return step
 
     def close(self) -> None:
         """End the process."""

@@ -33,19 +33,17 @@ class StreamProcess:
             while True:
                 yield planner.next_pack()
 
-        self._number = 0
         self.feed = Feed(packs, "data-stream", "streams the shards", stall_s, _AHEAD_BYTES)
 
     def take(self) -> StreamedPack | None:
-        """The next pack; None: it is not made yet."""
+        """The next pack, with an event (without a key) for each process that ended; None: it is not made yet."""
         taken = self.feed.take()
         if taken is None:
             return None
         pack, ends = taken
         message = "the process that streams the shards {}; those under way are read again"
-        notes = [LedgerEvent("", f"pack {self._number}", "worker_replaced", message.format(end)) for end in ends]
-        self._number += 1
-        return replace(pack, number=self._number - 1, events=(*notes, *pack.events))
+        notes = [LedgerEvent("", "", "worker_replaced", message.format(end)) for end in ends]
+        return replace(pack, events=(*notes, *pack.events))
 
     def close(self) -> None:
         """End the process."""

@@ -52,9 +52,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 1.0
 _MAX_DEATHS_OUTSIDE_SAMPLES = 3
 _MAX_STALLS = 1
-# Of `loader.sample_timeout_s`: so long without a byte of the shards or another sign of life, a process is stuck. By
-# default less than `watchdog.stall_s`, so that one hang is mended before that.
-STALL_DEADLINES = 2
 _KILL_S = 10.0  # a killed process that hangs in the kernel stays until its device answers: it is left to that
 IDLE, PREPARING = -1, -2  # items that are no sample: nothing to do, or before the first sample
 
@@ -85,6 +82,8 @@ class WorkerPool:
 
     At most `ahead` packs are under way or wait to be taken. `slot_bytes` bounds the tensors of one pack. `room` more
     bytes of a slot are for what a pack brings along; all packs under way, if more than one, use `max_surplus` of those.
+    A worker is late that takes longer than `sample_timeout_s` for a sample, or is silent for `stall_s` before a pack's
+    first one.
     `name_sample(pack, i)` gives (dataset, key) of a sample for the ledger, `name_shards(pack)` where its samples lie,
     for an error.
 
@@ -101,6 +100,7 @@ class WorkerPool:
         ahead: int,
         slot_bytes: int,
         sample_timeout_s: float,
+        stall_s: float,
         pin_memory: bool = False,
         name_shards: NameShards = lambda pack: f"pack {pack.number}",
         room: int = 0,
@@ -108,7 +108,7 @@ class WorkerPool:
     ) -> None:
         self.closed = False
         self._make_reader, self._name_sample, self._name_shards = make_reader, name_sample, name_shards
-        self._sample_timeout_s, self._pin_memory = sample_timeout_s, pin_memory
+        self._sample_timeout_s, self._stall_s, self._pin_memory = sample_timeout_s, stall_s, pin_memory
         self._slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._max_surplus = max_surplus
         self._slots = [mmap.mmap(-1, self._slot_bytes + room) for _ in range(ahead)]
@@ -241,7 +241,7 @@ class WorkerPool:
     def _late_at(self, number: int) -> tuple[int, int] | None:
         """The (pack, item) at which worker `number` is over its deadline; None: it is in time."""
         at = pack_number, item, since = [int(value) for value in self._at[number]]
-        deadlines = {IDLE: float("inf"), PREPARING: STALL_DEADLINES * self._sample_timeout_s}
+        deadlines = {IDLE: float("inf"), PREPARING: self._stall_s}
         late = time.monotonic_ns() - since > deadlines.get(item, self._sample_timeout_s) * 1e9
         # Read again: the worker writes its place while we read it.
         return (pack_number, item) if late and [int(value) for value in self._at[number]] == at else None
@@ -290,7 +290,7 @@ class WorkerPool:
 
     def _note_stall(self, pack: Pack, stalls: int) -> Pack:
         """The pack to be made again after a worker that reached no sample of it in time."""
-        waited = f"within {STALL_DEADLINES} x sample_timeout_s={self._sample_timeout_s:g}"
+        waited = f"within {self._stall_s:g} s"
         if stalls > _MAX_STALLS:
             message = (
                 f"no worker could begin pack {pack.number} {waited}, in {stalls} tries: does their storage answer?"

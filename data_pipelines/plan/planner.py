@@ -304,8 +304,11 @@ class _Cursor:
 
 
 def nothing_usable(source: str, events: Sequence[LedgerEvent]) -> ShardError:
-    """The error of a source without one usable sample: the most frequent reasons, and what one of them says."""
-    mine = [event for event in events if event.dataset == source]
+    """The error of a source without one usable sample: the most frequent reasons, and what one of them says.
+
+    It is known for sure after more than an epoch, so `events` tell many samples twice; alike ones count once.
+    """
+    mine = list(dict.fromkeys(event for event in events if event.dataset == source))
     reasons = Counter[str]()
     for event in mine:
         reasons[event.reason] += event.num_samples

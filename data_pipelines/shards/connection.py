@@ -19,14 +19,13 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from data_pipelines.config import RemoteConfig
+from data_pipelines.config import MAX_PAUSE_S, RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.shards.names import WEB, public_name
 from data_pipelines.shards.web import Stated, check_content
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-_MAX_PAUSE_S = 30.0
 _QUIET_S = 5.0  # hiccups that pass sooner are nobody's concern
 # Of a URL, what stays out of messages: users with their passwords, and the query with its signatures and tokens.
 _SECRET = re.compile(r"(?<=://)[^\s'\"/?]*@|\?[^\s'\"]*")
@@ -121,7 +120,7 @@ class _Trouble:
             return False
         # spread so that processes do not come back together
         pause_s = self._config.backoff_s * 2 ** (self.failures - 1) * random.SystemRandom().uniform(0.5, 1.5)
-        pause_s = min(_MAX_PAUSE_S, pause_s)
+        pause_s = min(MAX_PAUSE_S, pause_s)
         if time.monotonic() - self._start + pause_s > _QUIET_S:
             left = self._config.retries + 1 - self.failures
             _LOG.warning("%s: %s; again in %.0f s (%d attempts left)", self._name, _explain(error), pause_s, left)

@@ -147,7 +147,10 @@ class OpenShards:
 
 
 def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = REMOTE_DEFAULTS) -> list[str]:
-    """The shards that `patterns` name, sorted, each once. A pattern is a path, a glob, or holds ranges `{0000..0099}`.
+    """The shards that `patterns` name, each once. A pattern is a path, a glob, or holds ranges `{0000..0099}`.
+
+    They are sorted by their public names: a URL's signature, another in each run, moves no shard. URLs that differ in
+    their query alone stay as listed.
 
     `source` is the name of the mixture's source that lists them, "" where there is none. URLs may hold all of these,
     too; one without a glob is taken as it is, and missed when it is opened.
@@ -155,7 +158,7 @@ def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = R
     Raises:
         ShardError: a pattern names no file: a mixture that silently lacks a source would train on something else.
     """
-    found: set[str] = set()
+    found = dict[str, None]()
     named = f"source {source!r}" if source else "shards"
     for pattern in patterns:
         for path in expand_braces(os.path.expanduser(pattern.removeprefix("file://"))):
@@ -163,10 +166,10 @@ def expand_shards(source: str, patterns: Sequence[str], remote: RemoteConfig = R
             if not matches:
                 where = "" if is_remote(path) else _why_nothing(path)
                 raise ShardError(named, "no_shards", f"no shard matches {public_name(path)!r}{where}")
-            found.update(matches)
+            found |= dict.fromkeys(sorted(matches))
     if not found:
         raise ShardError(named, "no_shards", "names no shards: give paths or globs of tar files")
-    return _each_once(sorted(found))
+    return _each_once(sorted(found, key=public_name))
 
 
 def _each_once(shards: Sequence[str]) -> list[str]:

@@ -28,6 +28,13 @@ def make_feed():
         feed.close()
 
 
+def next_of(feed):
+    """The next item, waited for, and how processes before it ended."""
+    while (taken := feed.take()) is None:
+        feed.wait()
+    return taken
+
+
 @pytest.fixture
 def counted(make_feed):
     """A feed of 0, 1, 2, ... with some bytes each, how many were made, and those received."""
@@ -57,7 +64,7 @@ def test_items_come_in_order_and_few_are_made_ahead(counted):
     feed, made, _ = counted
     assert settled(made) == 5  # four fill the bytes, one waits for room
     for number in range(100):
-        (found, _), ends = feed.next()
+        (found, _), ends = next_of(feed)
         assert (found, ends) == (number, ())
     assert settled(made) == 105
 
@@ -75,7 +82,7 @@ def test_a_killed_process_goes_on_behind_the_last_item_received(counted):
     for number in range(60):
         if number % 20 == 10:
             os.kill(feed.pid, signal.SIGKILL)
-        (found, _), told = feed.next()
+        (found, _), told = next_of(feed)
         received.append(found)
         ends += told
     assert received == list(range(60))
@@ -84,7 +91,7 @@ def test_a_killed_process_goes_on_behind_the_last_item_received(counted):
 
 def test_an_item_larger_than_the_pipe_arrives_whole(make_feed):
     feed = make_feed(lambda watch: iter([b"x" * (3 << 20), b"y"]))
-    assert [len(feed.next()[0]) for _ in range(2)] == [3 << 20, 1]
+    assert [len(next_of(feed)[0]) for _ in range(2)] == [3 << 20, 1]
 
 
 def test_items_made_before_an_error_are_given_before_it(make_feed):
@@ -94,9 +101,9 @@ def test_items_made_before_an_error_are_given_before_it(make_feed):
         raise ShardError("web", "empty_source", "nothing")
 
     feed = make_feed(items)
-    assert [feed.next()[0] for _ in range(2)] == [1, 2]
+    assert [next_of(feed)[0] for _ in range(2)] == [1, 2]
     with pytest.raises(ShardError, match=r"web: nothing \[empty_source\]"):
-        feed.next()
+        next_of(feed)
 
 
 def test_a_process_that_stands_still_is_replaced(make_feed, tmp_path):
@@ -107,14 +114,14 @@ def test_a_process_that_stands_still_is_replaced(make_feed, tmp_path):
             os.kill(os.getpid(), signal.SIGSTOP)
         yield 1
 
-    assert make_feed(items, stall_s=0.5).next() == (1, ("stood still for 0.5 s at /mnt/a.tar",))
+    assert next_of(make_feed(items, stall_s=0.5)) == (1, ("stood still for 0.5 s at /mnt/a.tar",))
 
 
 def test_a_process_stopped_while_its_item_is_in_the_pipe_is_replaced(make_feed):
     feed = make_feed(lambda watch: iter([b"x" * (8 << 20)]), stall_s=0.5)
     assert feed.pipe.poll(30)
     os.kill(feed.pid, signal.SIGSTOP)
-    item, ends = feed.next()
+    item, ends = next_of(feed)
     assert (len(item), ends) == (8 << 20, ("stood still for 0.5 s",))
 
 
@@ -126,7 +133,7 @@ def test_one_that_stands_still_again_ends_the_run_with_what_it_was_at(make_feed)
     with pytest.raises(
         ShardError, match=r"/mnt/a.tar: the process that counts stood still for 0.5 s, 2 times in a row"
     ):
-        make_feed(items, stall_s=0.5).next()
+        next_of(make_feed(items, stall_s=0.5))
 
 
 def test_a_slow_process_that_gives_signs_of_life_is_waited_for(make_feed):
@@ -136,7 +143,7 @@ def test_a_slow_process_that_gives_signs_of_life_is_waited_for(make_feed):
             time.sleep(0.1)
         yield 1
 
-    assert make_feed(items, stall_s=1.0).next() == (1, ())
+    assert next_of(make_feed(items, stall_s=1.0)) == (1, ())
 
 
 def test_it_tells_what_the_process_is_at_while_it_is_waited_for(make_feed, tmp_path):
@@ -148,7 +155,7 @@ def test_it_tells_what_the_process_is_at_while_it_is_waited_for(make_feed, tmp_p
 
     feed = make_feed(items)
     assert feed.under_way() == []
-    waiting = threading.Thread(target=feed.next)
+    waiting = threading.Thread(target=next_of, args=(feed,))
     waiting.start()
     deadline = time.monotonic() + 30
     while "a.tar" not in str(feed.under_way()) and time.monotonic() < deadline:

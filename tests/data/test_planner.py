@@ -328,7 +328,7 @@ def test_a_source_without_usable_samples_is_named_with_the_reason(tiny, tmp_path
     config = tiny.config(pictures=1.0)
     source = replace(config.sources["pictures"], shards=(f"{tmp_path}/broken-*.tar",))
     sources = open_sources(replace(config, sources={"broken": source}), tiny.tokenizer)
-    with pytest.raises(ShardError, match=r"source 'broken' has no usable sample: no_messages \(\d\)"):
+    with pytest.raises(ShardError, match=r"source 'broken' has no usable sample: no_messages \(1\)"):
         Planner(sources, [Phase(0, (1.0,))], config.media, config.plan, 0).next_pack()
 
 

@@ -26,7 +26,8 @@ def stalling(tmp_path):
             yield pack(number)
 
     feed = Feed(packs, "test-feed", "plans", 60.0, 1 << 20)
-    pool = WorkerPool(lambda watch: Reader(watch, {}), lambda pack, place: ("d", "k"), 2, AHEAD, slot_bytes(64, 16), 30)
+    name = lambda pack, place: ("d", "k")  # noqa: E731
+    pool = WorkerPool(lambda watch: Reader(watch, {}), name, 2, AHEAD, slot_bytes(64, 16), 30, 60)
 
     def taken():
         while True:

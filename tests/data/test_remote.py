@@ -16,10 +16,10 @@ from http_server import DATA
 from test_loader import fingerprint
 
 from data_pipelines.cli import main
-from data_pipelines.config import RemoteConfig
+from data_pipelines.config import LoaderConfig, RemoteConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.index import places
-from data_pipelines.loader import PackLoader
+from data_pipelines.loader import PackLoader, stall_limit_s
 from data_pipelines.report.check_shard import Finding
 from data_pipelines.report.data_run import name_sources
 from data_pipelines.shards import connection
@@ -372,6 +372,38 @@ def test_a_server_that_dies_costs_the_samples_it_had(tiny, server, remote, tmp_p
     loader.close()
     assert {event.reason for event in events} == {"read_failed"}
     assert len(events) > 8
+
+
+def test_shards_that_vanish_cost_their_samples(tiny, server, remote, tmp_path):
+    address, _ = server
+    for path in tiny.folder.glob("*.tar"):
+        shutil.copy(path, tmp_path / "www")
+    loader = PackLoader(over_http(tiny, address, remote), tiny.tokenizer, 4, 0, 1, seed=0)
+    shutil.rmtree(tmp_path / "cache")
+    for path in (tmp_path / "www").glob("texts-*.tar"):
+        path.unlink()
+    batches = next(iter(loader))
+    loader.close()
+    lost = [(event.dataset, event.reason) for batch in batches for event in batch.events]
+    assert set(lost) == {("texts", "unreadable_shard")}
+    assert any(batch.keys for batch in batches)
+
+
+@pytest.mark.parametrize("retries", [0, 6, 20])
+def test_a_process_counts_as_stuck_after_all_retries_of_a_server(tiny, retries):
+    remote = RemoteConfig(retries=retries, timeout_s=10.0)
+    config = replace(tiny.config(), remote=remote, loader=LoaderConfig(sample_timeout_s=100.0))
+    assert stall_limit_s(config, ["/data/a.tar"]) == 200
+    # pauses between the tries are 30 s at most
+    assert stall_limit_s(config, ["/data/a.tar", "https://host/a.tar"]) == max(200, (retries + 1) * 40)
+
+
+def test_urls_with_one_path_stay_as_listed_whatever_their_signatures():
+    def listed(*signatures):
+        return [f"https://host/get?sig={signature}&id={number}" for number, signature in enumerate(signatures)]
+
+    for shards in (listed("a", "b", "c"), listed("f", "c", "d")):
+        assert expand_shards("s", [*shards, "https://host/a.tar?sig=1"]) == ["https://host/a.tar?sig=1", *shards]
 
 
 def test_sources_in_other_stores_are_read_through_their_plugin(tiny, remote, tmp_path, monkeypatch):

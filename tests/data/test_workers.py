@@ -75,6 +75,7 @@ def make_pool():
             workers * prefetch,
             slot_bytes(64, 16),
             timeout_s,
+            2 * timeout_s,
         )
         pools.append(pool)
         return pool
@@ -196,11 +197,12 @@ def test_storage_that_never_answers_ends_the_run_with_the_shards_name(where):
         1,
         1,
         slot_bytes(64, 16),
-        0.5,
+        sample_timeout_s=30,
+        stall_s=1,
         name_shards=lambda pack: "/mnt/a.tar",
     )
     pool.submit(pack(0))
-    with pytest.raises(ShardError, match=r"/mnt/a.tar: no worker could begin pack 0 .* in 2 tries"):
+    with pytest.raises(ShardError, match=r"/mnt/a.tar: no worker could begin pack 0 within 1 s, in 2 tries"):
         pool.next()
     pool.close()
 
@@ -214,7 +216,7 @@ def test_a_failing_program_ends_the_run_with_its_traceback(make_pool):
 
 
 def test_workers_that_die_outside_samples_end_the_run(make_pool):
-    pool = WorkerPool(lambda watch: kill_self(), lambda pack, place: ("d", "k"), 1, 1, slot_bytes(64, 16), 30)
+    pool = WorkerPool(lambda watch: kill_self(), lambda pack, place: ("d", "k"), 1, 1, slot_bytes(64, 16), 30, 60)
     pool.submit(pack(0))
     with pytest.raises(RuntimeError, match="die at pack 0 outside any sample"):
         pool.next()
@@ -275,7 +277,9 @@ def test_slots_stay_within_their_bytes():
 
 @pytest.mark.parametrize("ahead", [1, 3, 5])
 def test_no_more_packs_are_under_way_than_there_are_slots(make_pool, ahead):
-    pool = WorkerPool(lambda watch: Reader(watch, {}), lambda pack, place: ("d", "k"), 2, ahead, slot_bytes(64, 16), 30)
+    pool = WorkerPool(
+        lambda watch: Reader(watch, {}), lambda pack, place: ("d", "k"), 2, ahead, slot_bytes(64, 16), 30, 60
+    )
     submitted = 0
     while pool.has_room:
         pool.submit(pack(submitted))
